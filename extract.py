@@ -1,0 +1,217 @@
+"""Flip-averaged embeddings of finished runs.
+
+Reads  input/{train.csv,sample_submission.csv}, output/<arch>/fold<k>/best.pt
+Writes output/<arch>/fold<k>/{train,test,head}.npy (float32 [N, 512] in the CSV's order, not normalised) and extract.json
+
+    python extract.py                                  # all finished runs; what is up to date is skipped
+    python extract.py --arch nfnet_l0 --fold 3         # one run
+    python extract.py --arch dm_nfnet_f0 --fold 0 --weights original.pth --size 256 --precision fp32
+"""
+
+import argparse
+import time
+from pathlib import Path
+
+from utils import (
+    InputError,
+    autocast,
+    duration,
+    file_fingerprint,
+    load_checkpoint,
+    load_json,
+    lock,
+    peak_memory,
+    pick_device,
+    pick_precision,
+    progress,
+    run,
+    save_checkpoint,
+    save_json,
+    save_npy,
+)
+
+import numpy as np
+import pandas as pd
+import torch
+
+from dataset import (
+    Images,
+    check_images,
+    default_workers,
+    encode,
+    make_loader,
+    read_test,
+    read_train,
+    test_fingerprint,
+    train_fingerprint,
+)
+from models import EMBEDDING, Model, Softmax, build, load_weights
+
+
+def parse_args():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
+                                     allow_abbrev=False)
+    add = parser.add_argument
+    add("--input", default="input", help="data folder (default input)")
+    add("--output", default="output", help="results folder (default output)")
+    add("--arch", help="timm name of the backbone; default: every finished run")
+    add("--fold", help="fold number, or 'all' for a run trained on everything; default: every fold")
+    add("--weights", help="a checkpoint that was trained elsewhere, the original solution's for one, becomes the run "
+        "--arch/--fold")
+    add("--size", type=int, default=256, help="image side in pixels, only with --weights (default 256)")
+    add("--precision", choices=["auto", "fp32", "bf16", "fp16"], default="auto", help="auto: the fastest that the device "
+        "has in hardware (default auto)")
+    add("--batch-size", type=int, default=0, help="images a batch; 0 = 64 on a CPU, 512 on a GPU, halved until it fits")
+    add("--workers", type=int, default=default_workers(), help="loader processes (default min(8, cores))")
+    add("--device", default="auto", help="auto, cpu, cuda, cuda:1 ... (default auto)")
+    args = parser.parse_args()
+    if args.weights and not (args.arch and args.fold):
+        parser.error("--weights needs --arch and --fold, which name the run that it becomes")
+    return args
+
+
+# --------------------------------------------------------------------------------------------------- runs and embedding
+
+
+def run_folder(output, arch, fold):
+    """output/<arch>/fold<k>; a hub name's slashes and colons become underscores."""
+    return Path(output) / arch.replace("/", "_").replace(":", "_") / f"fold{fold}"
+
+
+def is_finished(folder):
+    """True when the run's last epoch is in its log (or, for imported weights, no epoch was wanted)."""
+    if not (folder / "best.pt").exists() or not (folder / "args.json").exists():
+        return False
+    epochs = load_json(folder / "args.json")["epochs"]
+    if epochs == 0:
+        return True
+    try:
+        return pd.read_csv(folder / "log.csv")["epoch"].max() == epochs
+    except (OSError, ValueError, KeyError):
+        return False
+
+
+def finished_runs(output, arch=None, fold=None):
+    """Folders of the finished runs below `output`, sorted by name; of one arch or fold if given."""
+    folders = sorted(Path(output).glob("*/fold*"), key=lambda f: (f.parent.name, len(f.name), f.name))
+    wanted = None if arch is None else run_folder(output, arch, 0).parent.name
+    runs = [f for f in folders if is_finished(f) and (wanted is None or f.parent.name == wanted)
+            and (fold is None or f.name == f"fold{fold}")]
+    if not runs:
+        which = " ".join(f"--{k} {v}" for k, v in [("arch", arch), ("fold", fold)] if v is not None)
+        raise InputError(f"no finished run {which} under {output}; run train.py first".replace("  ", " "))
+    return runs
+
+
+@torch.inference_mode()
+def embed(model, images, device, precision="fp32", batch_size=64, workers=0, what="embedding"):
+    """Flip-averaged embeddings of a dataset.Images in its order: float32 [N, 512], not normalised.
+    The model runs in eval mode and is left as it was. A batch that does not fit the GPU is halved, from there on."""
+    training = model.training
+    model.eval()
+    result = np.empty((len(images), EMBEDDING), np.float32)
+    done = 0
+    with progress(None, what, len(images)) as bar:
+        for batch, _ in make_loader(images, batch_size, workers, device):
+            batch = batch.to(device, non_blocking=True)
+            at = 0
+            while at < len(batch):
+                part = batch[at:at + batch_size]
+                try:
+                    with autocast(device, precision):
+                        both = model(torch.cat([part, part.flip(-1)]))
+                    result[done:done + len(part)] = ((both[:len(part)] + both[len(part):]) / 2).cpu().numpy()
+                except torch.cuda.OutOfMemoryError:
+                    if batch_size == 1:
+                        raise
+                    batch_size //= 2
+                    torch.cuda.empty_cache()
+                    continue
+                at += len(part)
+                done += len(part)
+                bar.update(len(part))
+    assert done == len(images)
+    model.train(training)
+    if len(bad := np.flatnonzero(~np.isfinite(result).all(1))):
+        raise InputError(f"{images.folder / images.names[bad[0]]} gives a NaN or infinite embedding ({len(bad)} of "
+                         f"{len(images)} images do); try --precision fp32")
+    return result
+
+
+# ------------------------------------------------------------------------------------------------------------- the work
+
+
+def import_weights(args, folder, train):
+    """Write best.pt and args.json of a run that was trained elsewhere."""
+    classes, _ = encode(train["label"])
+    stamp = {"arch": args.arch, "fold": args.fold, "weights": args.weights, "size": args.size, "resize": "squash",
+             "precision": args.precision, "head": "arcface", "scale": 45.0, "margin": 0.4, "epochs": 0}
+    if (folder / "args.json").exists():
+        if load_json(folder / "args.json") != stamp:
+            raise InputError(f"{folder} holds another run; choose another --fold or --output for {args.weights}")
+        if (folder / "best.pt").exists():
+            return
+    model = Model(args.arch, len(classes))
+    said = load_weights(model, args.arch, args.weights)
+    print(said)
+    save_json(folder / "args.json", stamp)
+    save_checkpoint(folder / "best.pt", {"model": model.state_dict(), "classes": classes, "args": stamp, "epoch": 0,
+                                         "head_fits": "left out" not in said})
+
+
+def extract(folder, args, train, test, device):
+    """Embeddings of one run, unless those on disk are of this checkpoint and these rows."""
+    start = time.time()
+    stamp = {"train": train_fingerprint(train), "test": None if test is None else test_fingerprint(test),
+             "checkpoint": file_fingerprint(folder / "best.pt")}
+    names = ["train.npy", "test.npy", "head.npy"] if test is not None else ["train.npy", "head.npy"]
+    stamp_file = folder / "extract.json"
+    whole = all((folder / name).exists() for name in [*names, stamp_file.name])
+    if whole and load_json(stamp_file).items() >= stamp.items():
+        print(f"{folder}: up to date")
+        return
+    checkpoint = load_checkpoint(folder / "best.pt")
+    classes = encode(train["label"])[0]
+    if checkpoint["classes"] != classes:
+        raise InputError(f"{folder} was trained on other classes than {args.input}/train.csv; train it again")
+    model, stored = build(checkpoint).to(device), checkpoint["args"]
+    precision = pick_precision(args.precision, device)
+    stamp |= {"size": stored["size"], "resize": stored["resize"], "precision": precision, "classes": len(classes),
+              "head": "softmax" if isinstance(model.head, Softmax) else "arcface" if checkpoint["head_fits"] else None}
+    stamp_file.unlink(missing_ok=True)  # from here to the end the embeddings on disk are no matching set
+    batch_size = args.batch_size or (512 if device.type == "cuda" else 64)
+    rows = {"train": (args.input, train["path"])}
+    if test is not None:
+        rows["test"] = (Path(args.input) / "test", test["filename"])
+    for split, (base, files) in rows.items():
+        images = Images(base, files, np.zeros(len(files), np.int64), stored["size"], stored["resize"])
+        name = f"{folder.parent.name}/{folder.name} {split}"
+        save_npy(folder / f"{split}.npy", embed(model, images, device, precision, batch_size, args.workers, name))
+    save_npy(folder / "head.npy", model.head.weight.detach().float().cpu().numpy())
+    save_json(stamp_file, stamp)
+    seconds, count = time.time() - start, sum(len(files) for _, files in rows.values())
+    print(f"{folder}: {count} images in {duration(seconds)}, {count / seconds:.0f} images/s at {stored['size']} px, "
+          f"{precision}, peak memory {peak_memory(device):.1f} GiB")
+
+
+def main():
+    args = parse_args()
+    device = pick_device(args.device)
+    train = read_train(args.input)
+    test = read_test(args.input) if (Path(args.input) / "sample_submission.csv").exists() else None
+    if test is None:
+        print(f"{args.input}/sample_submission.csv is not there: training images only")
+    check_images(args.input, train["path"])
+    if test is not None:
+        check_images(Path(args.input) / "test", test["filename"])
+    if args.weights:
+        folder = run_folder(args.output, args.arch, args.fold)
+        with lock(folder):
+            import_weights(args, folder, train)
+    for folder in finished_runs(args.output, args.arch, args.fold):
+        with lock(folder):
+            extract(folder, args, train, test, device)
+
+
+if __name__ == "__main__":
+    run(main)
