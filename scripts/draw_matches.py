@@ -1,0 +1,80 @@
+"""A picture of the result: test images, each with its nearest training images; right ones framed green, wrong ones red.
+
+Reads  input/{train.csv[,solution.csv]} and images, output/{neighbours.npz,submission.csv}
+Writes output/matches.jpg
+
+    python scripts/draw_matches.py
+    python scripts/draw_matches.py --input input/demo --output output/demo --rows 6 --seed 3
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+import cv2
+import numpy as np
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from utils import InputError, atomic, run
+
+from dataset import read_csv, read_image, read_solution, read_train, resize
+
+GREEN, RED, GREY, INK = (46, 160, 67), (207, 60, 50), (140, 140, 140), (40, 40, 40)
+
+
+def parse_args():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
+                                     allow_abbrev=False)
+    add = parser.add_argument
+    add("--input", default="input", help="data folder (default input)")
+    add("--output", default="output", help="results folder (default output)")
+    add("--rows", type=int, default=6, help="test images drawn (default 6)")
+    add("--seed", type=int, default=0, help="which test images (default 0)")
+    add("--tile", type=int, default=160, help="side of a picture in pixels (default 160)")
+    return parser.parse_args()
+
+
+def tile(path, side, frame):
+    """The image as a square of `side` with a frame in the given colour."""
+    picture = resize(read_image(path), side - 16, "pad")
+    picture = cv2.copyMakeBorder(picture, 5, 5, 5, 5, cv2.BORDER_CONSTANT, value=frame)
+    return cv2.copyMakeBorder(picture, 3, 3, 3, 3, cv2.BORDER_CONSTANT, value=(255, 255, 255))
+
+
+def caption(width, texts, step):
+    """A strip of text, one text each `step` pixels."""
+    strip = np.full((26, width, 3), 255, np.uint8)
+    for i, text in enumerate(texts):
+        cv2.putText(strip, text, (i * step + 6, 18), cv2.FONT_HERSHEY_SIMPLEX, 0.45, INK, 1, cv2.LINE_AA)
+    return strip
+
+
+def main():
+    args = parse_args()
+    source, output = Path(args.input), Path(args.output)
+    for name in ("neighbours.npz", "submission.csv"):
+        if not (output / name).exists():
+            raise InputError(f"{output / name} is not there; run retrieve.py first")
+    train, submission = read_train(source), read_csv(output / "submission.csv", ["filename", "prediction"])
+    with np.load(output / "neighbours.npz") as file:
+        similarity, index = file["similarity"], file["index"]
+    truth = read_solution(source, submission["filename"])
+    rows = []
+    for i in np.sort(np.random.default_rng(args.seed).permutation(len(submission))[:args.rows]):
+        label = submission["prediction"][i] if truth is None else truth[i]
+        frame = GREY if truth is None else GREEN if submission["prediction"][i] == label else RED
+        tiles = [tile(source / "test" / submission["filename"][i], args.tile, frame)]
+        tiles += [tile(source / train["path"][j], args.tile, GREEN if train["label"][j] == label else RED) for j in index[i]]
+        gap = np.full((args.tile, 24, 3), 255, np.uint8)
+        rows.append(np.hstack([tiles[0], gap, *tiles[1:]]))
+        rows.append(caption(rows[0].shape[1], [f"{'':22}", *(f"   similarity {s:.2f}" for s in similarity[i])], args.tile))
+    heads = ["new photograph", *(f"   nearest {n + 1}" for n in range(index.shape[1]))]
+    with atomic(output / "matches.jpg") as temporary:
+        ok, data = cv2.imencode(".jpg", np.vstack([caption(rows[0].shape[1], heads, args.tile), *rows])[..., ::-1])
+        assert ok
+        data.tofile(temporary)
+    print(output / "matches.jpg")
+
+
+if __name__ == "__main__":
+    run(main)

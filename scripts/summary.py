@@ -1,0 +1,91 @@
+"""The closing table: accuracy by head, nearest neighbour, vote and fusion, for one run, each backbone and all runs
+together, out-of-fold and on the test images; and where the time went.
+
+Reads  what retrieve.py reads, and output/times.csv (seconds of each stage, by run_all.sh)
+Writes output/summary.md
+
+    python scripts/summary.py
+    python scripts/summary.py --input input/demo --output output/demo
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from utils import duration, pick_device, run, save_text
+
+from dataset import encode, load_folds, read_solution, read_test, read_train
+from retrieve import label_oof, label_test, load_runs, mean_heads, score
+
+NAMES = {"head": "classifier head", "nearest": "nearest neighbour", "sum": "vote", "fusion": "fusion"}
+
+
+def parse_args():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
+                                     allow_abbrev=False)
+    add = parser.add_argument
+    add("--input", default="input", help="data folder (default input)")
+    add("--output", default="output", help="results folder (default output)")
+    add("--k", type=int, default=5, help="neighbours (default 5)")
+    add("--power", type=float, default=9.0, help="exponent of the similarity (default 9)")
+    add("--head-power", type=float, default=10.0, help="exponent of the head's cosine in the fusion (default 10)")
+    add("--device", default="auto", help="auto, cpu, cuda, cuda:1 ... (default auto)")
+    return parser.parse_args()
+
+
+def groups(runs):
+    """{row title: runs}: the first run of each backbone, each backbone's runs, all runs."""
+    archs = dict.fromkeys(r["arch"] for r in runs)
+    of = {arch: [r for r in runs if r["arch"] == arch] for arch in archs}
+    rows = {f"{arch}, fold {of[arch][0]['fold']}": of[arch][:1] for arch in archs}
+    rows |= {f"{arch}, {len(of[arch])} runs": of[arch] for arch in archs if len(of[arch]) > 1}
+    if len(archs) > 1:
+        rows[f"all {len(runs)} runs"] = runs
+    return rows
+
+
+def table(rows, columns):
+    """Markdown table; the first column left, the others right-aligned."""
+    lines = ["| " + " | ".join(columns) + " |", "|---|" + "---:|" * (len(columns) - 1)]
+    return "\n".join(lines + ["| " + " | ".join(row) + " |" for row in rows])
+
+
+def main():
+    args = parse_args()
+    device = pick_device(args.device)
+    train = read_train(args.input)
+    test = read_test(args.input) if (Path(args.input) / "sample_submission.csv").exists() else None
+    truth = None if test is None else read_solution(args.input, test["filename"])
+    classes, labels = encode(train["label"])
+    number = {label: i for i, label in enumerate(classes)}
+    runs = load_runs(args.output, None, train, test)
+    votes = list(NAMES) if mean_heads(runs, "train") else ["nearest", "sum"]
+    fold = load_folds(args.output, train) if (Path(args.output) / "folds.csv").exists() else None
+
+    lines = []
+    for title, members in groups(runs).items():
+        results = []
+        if fold is not None:
+            results.append(("out-of-fold", score(label_oof(members, fold, labels, len(classes), args, votes, device), labels)))
+        if truth is not None:
+            said = label_test(members, labels, len(classes), args, votes, device)[0]
+            results.append(("test", score(said, np.array([number.get(label, -2) for label in truth]))))
+        lines += [[title, split, *(f"{result[vote]:.4f}" for vote in votes)] for split, result in results if result]
+    report = table(lines, ["accuracy", "images", *(NAMES[vote] for vote in votes)])
+
+    times = Path(args.output) / "times.csv"
+    if times.exists():
+        seconds = pd.read_csv(times, names=["stage", "seconds"]).groupby("stage", sort=False)["seconds"].sum()
+        total = seconds.sum()
+        spent = [[stage, duration(s), f"{s / max(total, 1):.0%}"] for stage, s in seconds.items()]
+        report += "\n\n" + table([*spent, ["total", duration(total), ""]], ["where the time went", "time", "share"])
+    save_text(Path(args.output) / "summary.md", report + "\n")
+    print(report)
+
+
+if __name__ == "__main__":
+    run(main)
