@@ -1,0 +1,207 @@
+"""CSV checks, folds, image reading and augmentation."""
+
+from utils import InputError
+
+import cv2
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from conftest import GROCERY, make_data, script
+from PIL import Image
+from torch.utils.data import DataLoader
+
+from dataset import (
+    EpochSampler,
+    Images,
+    augmentation,
+    check_images,
+    encode,
+    load_folds,
+    make_folds,
+    read_image,
+    read_solution,
+    read_test,
+    read_train,
+    resize,
+)
+
+
+@pytest.mark.parametrize("text, message", [
+    ("path,name\na.png,x\n", "no column 'label'"),
+    ("path,label\n", "no rows"),
+    ("", "no readable CSV"),
+    ("path,label\na.png,x\na.png,y\n", "row 3: 'a.png' is there twice"),
+    ("path,label\na.png,x\nb.png, \n", "row 3: empty label"),
+    ("path,label\na.png,x\n../b.png,y\n", "row 3: '../b.png' leaves its folder"),
+    ("path,label\na.png,x\n/etc/b.png,y\n", "leaves its folder"),
+    ("path,label\na.png,x\nb.png,x\n", "one label only"),
+    ("path,label\na.png,x\nb.png,y,z,w\n", "no readable CSV"),
+])
+def test_a_bad_train_csv_is_one_sentence(tmp_path, text, message):
+    (tmp_path / "train.csv").write_text(text)
+    with pytest.raises(InputError, match=message) as error:
+        read_train(tmp_path)
+    assert "train.csv" in str(error.value) and "\n" not in str(error.value)
+
+
+def test_labels_are_any_text(tmp_path):
+    (tmp_path / "train.csv").write_bytes("\ufeffpath,label\r\n사진/ㄱ.png,우유\r\nb.png,NA\r\nc.png,007\r\n".encode())
+    train = read_train(tmp_path)
+    assert train["label"].tolist() == ["우유", "NA", "007"] and train["path"][0] == "사진/ㄱ.png"
+    classes, numbers = encode(train["label"])
+    assert [classes[n] for n in numbers] == ["우유", "NA", "007"]
+
+
+def test_missing_files_and_columns_of_the_test_part(tmp_path):
+    with pytest.raises(InputError, match=r"train\.csv is not there"):
+        read_train(tmp_path)
+    (tmp_path / "sample_submission.csv").write_text("filename,label\na.jpg,x\n")
+    with pytest.raises(InputError, match="no column 'prediction'"):
+        read_test(tmp_path)
+    assert read_solution(tmp_path, ["a.jpg"]) is None
+    (tmp_path / "solution.csv").write_text("filename,label\nb.jpg,x\na.jpg,y\n")
+    assert read_solution(tmp_path, ["a.jpg", "b.jpg"]).tolist() == ["y", "x"]
+    with pytest.raises(InputError, match=r"lacks 1 test images, the first 'c.jpg'"):
+        read_solution(tmp_path, ["a.jpg", "c.jpg"])
+
+
+def test_folds_are_stratified_and_a_single_image_is_never_held_out():
+    labels = ["a"] * 10 + ["b"] * 10 + ["c"] * 2 + ["d"]
+    fold = make_folds(labels, folds=5)
+    assert fold[-1] == -1 and (fold[:-1] >= 0).all()
+    assert all((np.bincount(fold[i:i + 10], minlength=5) == 2).all() for i in (0, 10))
+    assert fold[20] != fold[21], "two images of a class must not be held out together"
+    assert (fold == make_folds(labels, folds=5)).all() and (fold != make_folds(labels, folds=5, seed=1)).any()
+
+
+def test_folds_when_every_class_is_smaller_than_their_number():
+    fold = make_folds(list("aabbcc"), folds=5)
+    assert set(fold) == set(range(5)) and all(fold[i] != fold[i + 1] for i in (0, 2, 4))
+    with pytest.raises(InputError, match="fewer --n-folds"):
+        make_folds(list("abc"), folds=2)
+
+
+def test_groups_stay_whole():
+    rng = np.random.default_rng(0)
+    labels, groups = rng.integers(0, 4, 200), rng.integers(0, 20, 200)
+    fold = make_folds(labels, groups, folds=5)
+    assert all(len(set(fold[groups == g])) == 1 for g in range(20)) and set(fold) == set(range(5))
+
+
+def test_folds_csv_is_written_once_and_guarded(data, tmp_path, capsys):
+    train = read_train(data)
+    fold = load_folds(tmp_path, train, 5)
+    before = (tmp_path / "folds.csv").read_bytes()
+    assert (load_folds(tmp_path, train) == fold).all() and (tmp_path / "folds.csv").read_bytes() == before
+    with pytest.raises(InputError, match="holds 5 folds, not 4"):
+        load_folds(tmp_path, train, 4)
+    with pytest.raises(InputError, match=r"another train\.csv"):
+        load_folds(tmp_path, train.iloc[::-1].reset_index(drop=True), 5)
+    (tmp_path / "folds.csv").write_bytes(before.replace(b",0\n", b",x\n", 1))
+    with pytest.raises(InputError, match="damaged"):
+        load_folds(tmp_path, train, 5)
+
+
+@pytest.fixture
+def photo():
+    """A smooth picture, so that JPEG keeps it nearly as it is: red rises to the right, green downwards, blue is 60."""
+    y, x = np.mgrid[0:60, 0:90]
+    return np.dstack([x * 2 + 20, y * 3 + 20, np.full_like(x, 60)]).astype(np.uint8)
+
+
+def near(a, b, tolerance=6):
+    return a.shape == b.shape and np.abs(a.astype(int) - b.astype(int)).mean() < tolerance
+
+
+def test_every_kind_of_image_comes_out_as_upright_rgb(photo, tmp_path):
+    image = Image.fromarray(photo)
+    image.save(tmp_path / "rgb.png")
+    image.save(tmp_path / "rgb.jpg", quality=98)
+    image.convert("CMYK").save(tmp_path / "cmyk.jpg", quality=98)
+    for name in ("rgb.png", "rgb.jpg", "cmyk.jpg"):
+        assert near(read_image(tmp_path / name), photo), name
+    exif = Image.Exif()
+    exif[0x0112] = 6  # the camera was turned: show it 90 degrees clockwise
+    image.transpose(Image.Transpose.ROTATE_90).save(tmp_path / "turned.jpg", quality=98, exif=exif)
+    assert near(read_image(tmp_path / "turned.jpg"), photo)
+    image.convert("L").save(tmp_path / "grey.png")
+    assert near(read_image(tmp_path / "grey.png"), np.array(image.convert("L").convert("RGB")))
+    cv2.imwrite(str(tmp_path / "deep.png"), photo[..., ::-1].astype(np.uint16) * 257)
+    assert near(read_image(tmp_path / "deep.png"), photo)
+    alpha = np.dstack([photo, np.where(np.mgrid[0:60, 0:90][1] < 45, 255, 0).astype(np.uint8)])
+    Image.fromarray(alpha).save(tmp_path / "우유.png")
+    rgba = read_image(tmp_path / "우유.png")
+    assert near(rgba[:, :45], photo[:, :45]) and (rgba[:, 45:] == 255).all()
+
+
+def test_resize_keeps_the_whole_product(photo):
+    assert resize(photo, 32).shape == (32, 32, 3)
+    padded = resize(photo, 90, "pad")
+    assert padded.shape == (90, 90, 3) and (padded[:15] == 0).all() and near(padded[15:75], photo)
+
+
+def test_bad_images_are_listed_in_one_go(data, tmp_path):
+    (tmp_path / "empty.jpg").write_bytes(b"")
+    (tmp_path / "text.jpg").write_text("no picture")
+    Image.new("RGB", (8, 8)).save(tmp_path / "good.png")
+    names = ["good.png", "empty.jpg", "text.jpg", *(f"gone{i}.jpg" for i in range(30))]
+    for full in (False, True):
+        with pytest.raises(InputError) as error:
+            check_images(tmp_path, names, full)
+        lines = str(error.value).splitlines()
+        assert lines[0].startswith("32 images are missing or unreadable") and len(lines) == 22
+        assert "empty.jpg" in lines[1] and "... and 12 more" in lines[-1] and "good.png" not in str(error.value)
+    train = read_train(data)
+    check_images(data, train["path"])
+    check_images(data, train["path"], full=True)
+
+
+def test_a_bad_body_is_found_by_the_full_check_only(photo, tmp_path):
+    Image.fromarray(photo).save(tmp_path / "cut.png")
+    whole = (tmp_path / "cut.png").read_bytes()
+    (tmp_path / "cut.png").write_bytes(whole[:60])
+    check_images(tmp_path, ["cut.png"])
+    with pytest.raises(InputError, match=r"cut\.png"):
+        check_images(tmp_path, ["cut.png"], full=True)
+
+
+def test_augmentation_parts_and_their_switches():
+    image = torch.full((3, 50, 50), 200, dtype=torch.uint8)
+    image[:, :, :25] = 100
+    off = augmentation(flip=0, jpeg=0, affine_p=0, cutout_p=0)
+    assert torch.equal(off(image), image)
+    assert torch.equal(augmentation(flip=1, jpeg=0, affine_p=0, cutout_p=0)(image), image.flip(-1))
+    cut = augmentation(flip=0, jpeg=0, affine_p=0, cutout=0.4, cutout_p=1)(image)
+    assert (cut == 0).all(0).sum() == 20 * 20
+    moved = augmentation(flip=0, jpeg=0, affine_p=1, cutout_p=0)(image)
+    assert moved.shape == image.shape and moved.dtype == torch.uint8 and not torch.equal(moved, image)
+
+
+def test_items_do_not_depend_on_the_workers(data):
+    train = read_train(data)
+    images = Images(data, train["path"], encode(train["label"])[1], 32, augment=augmentation(), seed=3)
+    sampler = EpochSampler(len(images), 3)
+    sampler.epoch = 2
+    passes = [list(DataLoader(images, 5, sampler=sampler, num_workers=w)) for w in (0, 2)]
+    assert all(torch.equal(a[0], b[0]) and torch.equal(a[1], b[1]) for a, b in zip(*passes, strict=True))
+    before = torch.get_rng_state()
+    assert not torch.equal(images[(1, 0)][0], images[(2, 0)][0]) and torch.equal(before, torch.get_rng_state())
+
+
+def test_a_bad_image_in_a_worker_is_one_sentence(tmp_path):
+    data = make_data(tmp_path / "d")
+    (data / "test" / "q00.jpg").write_bytes(b"\xff\xd8\xff broken")
+    images = Images(data / "test", ["q10.jpg", "q00.jpg"], [0, 0], 32)
+    with pytest.raises(InputError) as error:
+        list(DataLoader(images, 2, num_workers=1))
+    assert "q00.jpg" in str(error.value) and len(str(error.value).splitlines()) == 1
+
+
+@pytest.mark.skipif(not GROCERY.exists(), reason=f"the Grocery Store data set is not at {GROCERY}")
+def test_grocery_in_the_contract_s_form(tmp_path):
+    script("scripts/prepare_grocery.py", GROCERY, "--output", tmp_path)
+    train, test = read_train(tmp_path), read_test(tmp_path)
+    assert (len(train), len(test), train["label"].nunique()) == (2936, 2485, 81)
+    assert pd.Series(read_solution(tmp_path, test["filename"])).isin(train["label"]).all()
+    check_images(tmp_path, train["path"][::50])

