@@ -33,6 +33,8 @@ def read_csv(path, columns):
         raise InputError(f"{path} is not there; README, 'Your own data', says what goes into it") from None
     except (ValueError, pd.errors.ParserError) as error:  # not UTF-8, no rows at all, ragged rows
         raise InputError(f"{path} is no readable CSV in UTF-8: {str(error).strip()}") from None
+    if not isinstance(table.index, pd.RangeIndex):
+        raise InputError(f"{path}: its rows have more fields than its header; put text with commas in quotes")
     for column in columns:
         if column not in table.columns:
             raise InputError(f"{path} has no column {column!r}, only {', '.join(map(repr, table.columns[:9]))}")
@@ -58,6 +60,8 @@ def read_train(folder):
     """train.csv of `folder`: DataFrame path, label[, group], all text."""
     path = Path(folder) / "train.csv"
     table = read_csv(path, ["path", "label"])
+    if "group" in table.columns:
+        read_csv(path, ["path", "group"])
     inside(table, "path", path)
     if table["label"].nunique() < 2:
         raise InputError(f"{path} has one label only ({table['label'][0]!r}); classification needs two or more")
@@ -105,11 +109,13 @@ def encode(labels):
 
 def make_folds(labels, groups=None, folds=5, seed=9999):
     """Fold number of each row [N] int64, stratified by label; with `groups`, whole groups go to one fold.
-    A class seen in one group only (without groups: one image) gets -1: it stays in every fold's training part."""
+    A group whose classes are all seen in no other group (without groups: the single image of a class) gets -1: it stays
+    in every fold's training part. A class seen in one group only that shares it with others is held out with it: no
+    run can know it then, and its images count as errors."""
     labels = np.asarray(labels)
     groups = np.arange(len(labels)) if groups is None else np.asarray(groups)
     seen = pd.DataFrame({"label": labels, "group": groups}).groupby("label")["group"].transform("nunique").to_numpy()
-    fold, rows = np.full(len(labels), -1), np.flatnonzero(seen > 1)
+    fold, rows = np.full(len(labels), -1), np.flatnonzero(np.isin(groups, groups[seen > 1]))
     if len(np.unique(groups[rows])) < folds:
         raise InputError(f"{folds} folds need {folds} images (or groups) of classes with two or more; use fewer --n-folds")
     # scikit-learn refuses when every class is smaller than the number of folds; a class of stand-ins makes it deal on.
@@ -140,8 +146,9 @@ def load_folds(output, train, folds=None, seed=9999):
     is written where there is none yet: the first run does so."""
     path = Path(output) / "folds.csv"
     if folds and not path.exists():
-        with lock(output, wait=True):  # runs may start side by side; they draw the same folds
-            write_folds(path, train, folds, seed)
+        with lock(output, wait=True):  # runs may start side by side
+            if not path.exists():
+                write_folds(path, train, folds, seed)
     table = read_csv(path, ["path", "label", "fold"])
     if train_fingerprint(table) != train_fingerprint(train):
         raise InputError(f"{path} was written for another train.csv; use another --output, or delete it with its runs")
@@ -158,16 +165,16 @@ def load_folds(output, train, folds=None, seed=9999):
 
 
 def read_image(path):
-    """Upright RGB uint8 [H, W, 3] of any image OpenCV reads: grey, 16-bit, CMYK, EXIF-rotated; PNG alpha over white."""
+    """Upright RGB uint8 [H, W, 3] of any image OpenCV reads: grey, 16-bit, CMYK, EXIF-rotated; transparency over white."""
     try:
         data = np.fromfile(path, np.uint8)  # not cv2.imread: that one fails on non-ASCII paths on some systems
         image = cv2.imdecode(data, cv2.IMREAD_COLOR_RGB) if len(data) else None
         if image is None:
             raise InputError(f"{path} is no image that OpenCV reads; replace it or take it out of its CSV")
-        if data[:4].tobytes() == b"\x89PNG" and data[25] in (4, 6):  # colour types with alpha
+        if data[:2].tobytes() != b"\xff\xd8":  # no JPEG: it may have an alpha channel
             raw = cv2.imdecode(data, cv2.IMREAD_UNCHANGED)
-            alpha = raw[..., -1:] / np.float32(np.iinfo(raw.dtype).max)
-            if raw.ndim == 3 and alpha.shape[:2] == image.shape[:2]:
+            if raw.ndim == 3 and raw.shape[2] == 4 and raw.shape[:2] == image.shape[:2]:
+                alpha = raw[..., 3:] / np.float32(np.iinfo(raw.dtype).max)
                 image = np.rint(image * alpha + 255 * (1 - alpha)).astype(np.uint8)
     except (OSError, cv2.error) as error:
         raise InputError(f"{path} cannot be read: {getattr(error, 'strerror', None) or str(error).strip()}") from None
@@ -212,6 +219,14 @@ def check_images(folder, names, full=False):
                                       "their CSV:", *bad[:20], *more]))
 
 
+def check_test(folder, full=False):
+    """read_test and check_images of the test part, and its solution if there is one; nothing without a test part."""
+    if (Path(folder) / "sample_submission.csv").exists():
+        test = read_test(folder)
+        check_images(Path(folder) / "test", test["filename"], full)
+        read_solution(folder, test["filename"])
+
+
 def augmentation(flip=0.5, jpeg=99, shift=0.2, scale=0.2, rotation=10, affine_p=0.7, cutout=0.4, cutout_p=0.5):
     """The recipe's four for uint8 [3, H, W]; a zero switches its part off. Units: see train.py --help."""
     steps = [v2.RandomHorizontalFlip(flip)]
@@ -246,7 +261,8 @@ class Images(Dataset):
         image = torch.from_numpy(image).permute(2, 0, 1).contiguous()
         if self.augment:
             with torch.random.fork_rng(devices=[]):
-                torch.manual_seed(int(np.random.SeedSequence((self.seed, epoch, row)).generate_state(1, np.uint64)[0]))
+                state = np.random.SeedSequence((self.seed, epoch, row)).generate_state(1, np.uint64)
+                torch.default_generator.manual_seed(int(state[0]))
                 image = self.augment(image)
         return image, self.labels[row]
 

@@ -59,12 +59,13 @@ def parse_args():
     add("--weights", help="a checkpoint that was trained elsewhere, the original solution's for one, becomes the run "
         "--arch/--fold")
     add("--size", type=int, default=256, help="image side in pixels, only with --weights (default 256)")
-    add("--precision", choices=["auto", "fp32", "bf16", "fp16"], default="auto", help="auto: the fastest that the device "
-        "has in hardware (default auto)")
+    add("--precision", choices=["auto", "fp32", "bf16", "fp16"], help="default: that of the training")
     add("--batch-size", type=int, default=0, help="images a batch; 0 = 64 on a CPU, 512 on a GPU, halved until it fits")
     add("--workers", type=int, default=default_workers(), help="loader processes (default min(8, cores))")
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1 ... (default auto)")
     args = parser.parse_args()
+    if args.batch_size < 0 or args.size < 1:
+        parser.error("--batch-size must be 0 or more, --size 1 or more")
     if args.weights and not (args.arch and args.fold):
         parser.error("--weights needs --arch and --fold, which name the run that it becomes")
     return args
@@ -142,28 +143,34 @@ def embed(model, images, device, precision="fp32", batch_size=64, workers=0, wha
 
 
 def import_weights(args, folder, train):
-    """Write best.pt and args.json of a run that was trained elsewhere."""
+    """Write best.pt and args.json of a run that was trained elsewhere. Its fold is None: nobody knows here which images
+    it has seen, so it takes no part in out-of-fold scores."""
     classes, _ = encode(train["label"])
-    stamp = {"arch": args.arch, "fold": args.fold, "weights": args.weights, "size": args.size, "resize": "squash",
-             "precision": args.precision, "head": "arcface", "scale": 45.0, "margin": 0.4, "epochs": 0}
+    stamp = {"arch": args.arch, "fold": None, "weights": args.weights, "size": args.size, "resize": "squash",
+             "precision": args.precision or "auto", "head": "arcface", "scale": 45.0, "margin": 0.4, "epochs": 0}
     if (folder / "args.json").exists():
         if load_json(folder / "args.json") != stamp:
             raise InputError(f"{folder} holds another run; choose another --fold or --output for {args.weights}")
         if (folder / "best.pt").exists():
             return
     model = Model(args.arch, len(classes))
-    said = load_weights(model, args.arch, args.weights)
+    said, part = load_weights(model, args.arch, args.weights)
+    if part not in ("body", "all"):
+        raise InputError(f"--weights {args.weights} brings no neck, so there is no embedding to extract; give a whole "
+                         "checkpoint, or train one with train.py")
     print(said)
     save_json(folder / "args.json", stamp)
     save_checkpoint(folder / "best.pt", {"model": model.state_dict(), "classes": classes, "args": stamp, "epoch": 0,
-                                         "head_fits": "left out" not in said})
+                                         "head_fits": part == "all"})
 
 
 def extract(folder, args, train, test, device):
     """Embeddings of one run, unless those on disk are of this checkpoint and these rows."""
     start = time.time()
+    recorded = load_json(folder / "args.json")
     stamp = {"train": train_fingerprint(train), "test": None if test is None else test_fingerprint(test),
-             "checkpoint": file_fingerprint(folder / "best.pt")}
+             "checkpoint": file_fingerprint(folder / "best.pt"), "fold": recorded["fold"],
+             "precision": pick_precision(args.precision or recorded["precision"], device)}
     names = ["train.npy", "test.npy", "head.npy"] if test is not None else ["train.npy", "head.npy"]
     stamp_file = folder / "extract.json"
     whole = all((folder / name).exists() for name in [*names, stamp_file.name])
@@ -175,9 +182,8 @@ def extract(folder, args, train, test, device):
     if checkpoint["classes"] != classes:
         raise InputError(f"{folder} was trained on other classes than {args.input}/train.csv; train it again")
     model, stored = build(checkpoint).to(device), checkpoint["args"]
-    precision = pick_precision(args.precision, device)
-    stamp |= {"size": stored["size"], "resize": stored["resize"], "precision": precision, "classes": len(classes),
-              "head": "softmax" if isinstance(model.head, Softmax) else "arcface" if checkpoint["head_fits"] else None}
+    head = "softmax" if isinstance(model.head, Softmax) else "arcface" if checkpoint["head_fits"] else None
+    stamp |= {"size": stored["size"], "resize": stored["resize"], "classes": len(classes), "head": head}
     stamp_file.unlink(missing_ok=True)  # from here to the end the embeddings on disk are no matching set
     batch_size = args.batch_size or (512 if device.type == "cuda" else 64)
     rows = {"train": (args.input, train["path"])}
@@ -186,12 +192,12 @@ def extract(folder, args, train, test, device):
     for split, (base, files) in rows.items():
         images = Images(base, files, np.zeros(len(files), np.int64), stored["size"], stored["resize"])
         name = f"{folder.parent.name}/{folder.name} {split}"
-        save_npy(folder / f"{split}.npy", embed(model, images, device, precision, batch_size, args.workers, name))
+        save_npy(folder / f"{split}.npy", embed(model, images, device, stamp["precision"], batch_size, args.workers, name))
     save_npy(folder / "head.npy", model.head.weight.detach().float().cpu().numpy())
     save_json(stamp_file, stamp)
     seconds, count = time.time() - start, sum(len(files) for _, files in rows.values())
     print(f"{folder}: {count} images in {duration(seconds)}, {count / seconds:.0f} images/s at {stored['size']} px, "
-          f"{precision}, peak memory {peak_memory(device):.1f} GiB")
+          f"{stamp['precision']}, peak memory {peak_memory(device):.1f} GiB")
 
 
 def main():

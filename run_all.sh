@@ -15,13 +15,14 @@ FOLDS="0 1 2 3 4"
 INPUT=input
 OUTPUT=output
 TRAIN=(--epochs 30)
+DEVICE=()
 DEMO=
 
 usage() { sed -n '2,10s/^# \{0,1\}//p' run_all.sh; exit "$1"; }
 [[ " $* " == *" --demo "* ]] && {
     DEMO=1 INPUT=input/demo OUTPUT=output/demo
     ARCHS="tf_efficientnet_lite0 tf_efficientnet_lite1"
-    TRAIN=(--size 96 --epochs 5 --batch-size 16 --head-lr-scale 5 --precision fp32 --eval-every 5)
+    TRAIN=(--size 96 --epochs 5 --batch-size 16 --head-lr-scale 5 --eval-every 5)
 }
 while (($#)); do
     case $1 in
@@ -30,6 +31,10 @@ while (($#)); do
         --archs|--folds|--input|--output)
             [[ -n ${2:-} ]] || { echo "error: $1 needs a value" >&2; exit 2; }
             name=${1#--}; declare "${name^^}=$2"; shift ;;
+        --device) DEVICE=(--device "${2:-}"); shift ;;
+        --arch|--arch=*|--fold|--fold=*|--archs=*|--folds=*|--input=*|--output=*|--device=*)
+            echo "error: ${1%%=*} is not for run_all.sh; write --archs \"A B\", --folds \"0 1\", --input DIR, --output DIR" >&2
+            exit 2 ;;
         *) TRAIN+=("$1") ;;
     esac
     shift
@@ -47,15 +52,18 @@ flock -n 9 || { echo "error: another run_all.sh is at work on $OUTPUT; wait for 
 [[ -t 1 ]] && export PROGRESS=1
 
 stage() {  # stage NAME LOG COMMAND...: run it, copy what it prints to LOG (without progress bars), note its seconds
-    local name=$1 log=$2 start=$SECONDS code; shift 2
+    local name=$1 start=$SECONDS code; log=$2; shift 2
     mkdir -p "$(dirname "$log")"
-    "$@" > >(tee >(sed -u 's/.*\r//' >> "$log")) 2>&1 &
+    exec {out}> >(tee -a "$log"); copy=$!
+    "$@" >&"$out" 2>&1 {out}>&- &
     child=$!
     wait "$child"; code=$?
+    finish_log
     echo "$name,$((SECONDS - start))" >> "$OUTPUT/times.csv"
     return $code
 }
-stop() { kill -TERM "${child:-}" 2>/dev/null && wait "$child"; exit 130; }
+finish_log() { exec {out}>&-; wait "$copy"; sed -i 's/.*\r//' "$log"; }  # all is printed and logged; no bars in the log
+stop() { kill -TERM "${child:-}" 2>/dev/null && { wait "$child"; finish_log; }; exit 130; }
 trap stop INT TERM
 
 start=$SECONDS
@@ -70,13 +78,14 @@ for arch in $ARCHS; do
     for fold in $FOLDS; do
         log=$OUTPUT/${arch//[\/:]/_}/fold$fold/train.log
         stage "training $arch" "$log" "$PYTHON" train.py --arch "$arch" --fold "$fold" --input "$INPUT" --output "$OUTPUT" \
-            "${TRAIN[@]}" || { failed+=("$arch fold $fold: see $log"); echo "FAILED: ${failed[-1]}" >&2; }
+            "${DEVICE[@]}" "${TRAIN[@]}" || { failed+=("$arch fold $fold: see $log"); echo "FAILED: ${failed[-1]}" >&2; }
     done
 done
-stage extraction "$OUTPUT/extract.log" "$PYTHON" extract.py --input "$INPUT" --output "$OUTPUT" &&
-    stage retrieval "$OUTPUT/retrieve.log" "$PYTHON" retrieve.py --input "$INPUT" --output "$OUTPUT" &&
-    stage summary "$OUTPUT/summary.log" "$PYTHON" scripts/summary.py --input "$INPUT" --output "$OUTPUT" ||
-    failed+=("extraction or retrieval: see above")
+for script in extract.py retrieve.py scripts/summary.py; do
+    name=$(basename "$script" .py)
+    stage "$name" "$OUTPUT/$name.log" "$PYTHON" "$script" --input "$INPUT" --output "$OUTPUT" "${DEVICE[@]}" ||
+        { failed+=("$script: see $OUTPUT/$name.log"); break; }
+done
 
 if ((${#failed[@]})); then
     printf '\n%s of the steps failed; run the same command again once they are mended:\n' "${#failed[@]}" >&2

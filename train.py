@@ -42,6 +42,7 @@ from dataset import (
     Images,
     augmentation,
     check_images,
+    check_test,
     default_workers,
     encode,
     load_folds,
@@ -54,6 +55,8 @@ from models import Model, load_weights
 from retrieve import topk
 
 MACHINE = {"input", "output", "workers", "device", "check", "restart", "eval_batch_size"}  # free to change on a resume
+HINT = ("the checkpoint of the last finished epoch is kept. Try a lower --lr, --clip norm:5 (NFNets: agc:0.01), or "
+        "--precision fp32, with --restart")
 
 
 def parse_args():
@@ -196,9 +199,7 @@ def train_epoch(model, loader, optimiser, scaler, weights, epoch, args, device, 
         if (step + 1) % 20 == 0 or step + 1 == len(loader):  # looked at now and then: reading a loss waits for the GPU
             recent = torch.stack(losses[-20:]).mean().item()
             if not math.isfinite(recent):
-                raise InputError(f"the training loss became {recent} in epoch {epoch + 1}; the checkpoint of the last "
-                                 "finished epoch is kept. Try a lower --lr, --clip norm:5 (NFNets: agc:0.01), or "
-                                 "--precision fp32, with --restart")
+                raise InputError(f"the training loss became {recent} in epoch {epoch + 1}; {HINT}")
             bar.set_postfix(loss=f"{recent:.3f}")
     return torch.stack(losses).mean().item(), images / (time.time() - start)
 
@@ -225,10 +226,11 @@ def validate(model, train_part, held_out, weights, args, device, precision):
 def record_arguments(folder, args):
     """Record the arguments of a new run; refuse other arguments than those recorded. Returns them."""
     if args.restart:
-        for old in ("args.json", "log.csv", "last.pt", "best.pt", "extract.json"):
+        for old in ("last.pt", "best.pt", "log.csv", "extract.json", "args.json"):
             (folder / old).unlink(missing_ok=True)
     effective = {name: value for name, value in vars(args).items() if name not in MACHINE}
-    if (folder / "args.json").exists():
+    begun = (folder / "last.pt").exists() or (folder / "best.pt").exists()  # before the first epoch nothing is at stake
+    if begun and (folder / "args.json").exists():
         recorded = load_json(folder / "args.json")
         differ = [f"--{k.replace('_', '-')} {recorded.get(k)} (now {effective.get(k)})"
                   for k in sorted(recorded.keys() | effective.keys()) if recorded.get(k) != effective.get(k)]
@@ -264,7 +266,7 @@ def report(row, history, epochs, device):
 
 def fit(folder, args, recorded, train, fold, device):
     """Train from where last.pt stands to the last epoch."""
-    precision = pick_precision(args.precision, device)
+    precision = args.precision
     classes, labels = encode(train["label"])
     inside = np.arange(len(train)) if args.fold == "all" else np.flatnonzero(fold != int(args.fold))
     outside = np.setdiff1d(np.arange(len(train)), inside)
@@ -283,14 +285,15 @@ def fit(folder, args, recorded, train, fold, device):
     done, best, history = state["epoch"], state["best"], state["history"]
     seed_everything(args.seed)
     model = Model(args.arch, len(classes), args.head, args.scale, args.margin)
-    said = f"resuming after epoch {done}" if done else load_weights(model, args.arch, args.weights)
+    said = f"resuming after epoch {done}" if done else load_weights(model, args.arch, args.weights)[0]
     model.to(device, memory_format=torch.channels_last)
     optimiser = make_optimiser(model, args)
     scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")
     if done:
         model.load_state_dict(state["model"])
         optimiser.load_state_dict(state["optimiser"])
-        scaler.load_state_dict(state["scaler"])
+        if state["scaler"]:
+            scaler.load_state_dict(state["scaler"])
     print(f"{args.arch} fold {args.fold}: {len(inside)} images, {len(outside)} held out, {len(classes)} classes; "
           f"{device.type} {precision}, {args.size} px; {said}", flush=True)
 
@@ -306,6 +309,8 @@ def fit(folder, args, recorded, train, fold, device):
             row |= validate(model, images(inside), images(outside), weights, args, device, precision)
         row |= {"images_per_s": round(speed, 1), "seconds": round(time.time() - start, 1)}
         history.append(row)
+        if not all(tensor.isfinite().all() for tensor in model.state_dict().values()):
+            raise InputError(f"the weights became infinite in epoch {epoch + 1}; {HINT}")
         accurate = row["retrieval_acc"] if len(outside) else float(last)
         if accurate is not None and accurate >= best:
             best = accurate
@@ -324,8 +329,10 @@ def fit(folder, args, recorded, train, fold, device):
 def main():
     args = parse_args()
     device = pick_device(args.device)
+    args.precision = pick_precision(args.precision, device)
     train = read_train(args.input)
     check_images(args.input, train["path"], args.check)
+    check_test(args.input, args.check)  # not needed here, but better known now than after ten runs
     fold = load_folds(args.output, train, args.n_folds, args.seed)
     folder = run_folder(args.output, args.arch, args.fold)
     with lock(folder):

@@ -61,14 +61,19 @@ def seed_everything(*key):
 
 
 def pick_device(name="auto"):
-    """torch.device for 'auto', 'cpu', 'cuda' or 'cuda:1'; sets TF32 and cuDNN autotuning where there is a GPU."""
+    """torch.device for 'auto', 'cpu', 'cuda' or 'cuda:1'; lets cuDNN pick its fastest kernels, TF32 included.
+    Matrix products stay float32, PyTorch's default: the search is exact."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     if name.startswith("cuda") and not torch.cuda.is_available():
         raise InputError(f"--device {name}: this PyTorch sees no GPU; use --device cpu")
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
-    torch.backends.cudnn.benchmark = True
-    return torch.device(name)
+    try:
+        device = torch.device(name)
+        torch.empty(1, device=device)
+    except RuntimeError as error:
+        raise InputError(f"--device {name}: {str(error).partition(chr(10))[0]}") from None
+    torch.backends.cudnn.allow_tf32 = torch.backends.cudnn.benchmark = True
+    return device
 
 
 def pick_precision(name, device):

@@ -31,7 +31,10 @@ def parse_args():
     add("--rows", type=int, default=6, help="test images drawn (default 6)")
     add("--seed", type=int, default=0, help="which test images (default 0)")
     add("--tile", type=int, default=160, help="side of a picture in pixels (default 160)")
-    return parser.parse_args()
+    args = parser.parse_args()
+    if args.rows < 1 or args.tile < 40:
+        parser.error("--rows must be 1 or more, --tile 40 or more")
+    return args
 
 
 def tile(path, side, frame):

@@ -298,7 +298,8 @@ def main():
     train = [[f"{k:04d}_{i:03d}.jpg" for i in range(per_train)] for k in range(args.classes)]
     tasks = [(args, k, train[k], test[k]) for k in range(args.classes)]
     total = args.classes * (per_train + per_test)
-    with get_context("spawn").Pool(args.workers) as pool, tqdm(total=total, disable=None if os.environ.get("PROGRESS") != "1" else False) as progress:
+    hide = None if os.environ.get("PROGRESS") != "1" else False  # as utils.progress; importing that would load torch
+    with get_context("spawn").Pool(args.workers) as pool, tqdm(total=total, disable=hide) as progress:
         for count in pool.imap_unordered(draw_class, tasks):
             progress.update(count)
 

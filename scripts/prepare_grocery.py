@@ -61,7 +61,8 @@ def main():
         if target.is_symlink() or target.exists():
             continue
         if args.copy:
-            shutil.copytree(source / split, target)
+            shutil.copytree(source / split, target.with_name(f".{split}.tmp"), dirs_exist_ok=True)
+            target.with_name(f".{split}.tmp").rename(target)
         else:
             target.symlink_to(source / split)
     save(test[["filename", "label"]], output / "solution.csv")

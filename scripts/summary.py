@@ -41,7 +41,7 @@ def groups(runs):
     """{row title: runs}: the first run of each backbone, each backbone's runs, all runs."""
     archs = dict.fromkeys(r["arch"] for r in runs)
     of = {arch: [r for r in runs if r["arch"] == arch] for arch in archs}
-    rows = {f"{arch}, fold {of[arch][0]['fold']}": of[arch][:1] for arch in archs}
+    rows = {of[arch][0]["name"]: of[arch][:1] for arch in archs}
     rows |= {f"{arch}, {len(of[arch])} runs": of[arch] for arch in archs if len(of[arch]) > 1}
     if len(archs) > 1:
         rows[f"all {len(runs)} runs"] = runs
@@ -76,6 +76,7 @@ def main():
             results.append(("test", score(said, np.array([number.get(label, -2) for label in truth]))))
         lines += [[title, split, *(f"{result[vote]:.4f}" for vote in votes)] for split, result in results if result]
     report = table(lines, ["accuracy", "images", *(NAMES[vote] for vote in votes)])
+    report += "\n\nout-of-fold: each training image by those of the runs that did not train on it (one of each backbone)"
 
     times = Path(args.output) / "times.csv"
     if times.exists():

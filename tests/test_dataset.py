@@ -37,6 +37,9 @@ from dataset import (
     ("path,label\na.png,x\n/etc/b.png,y\n", "leaves its folder"),
     ("path,label\na.png,x\nb.png,x\n", "one label only"),
     ("path,label\na.png,x\nb.png,y,z,w\n", "no readable CSV"),
+    ("path,label\na.png,x,1\nb.png,y,2\n", "more fields than its header"),
+    ("path,label\na.png,x,\nb.png,y,\n", "more fields than its header"),
+    ("path,label,group\na.png,x,shop\nb.png,y,\n", "row 3: empty group"),
 ])
 def test_a_bad_train_csv_is_one_sentence(tmp_path, text, message):
     (tmp_path / "train.csv").write_text(text)
@@ -87,6 +90,10 @@ def test_groups_stay_whole():
     labels, groups = rng.integers(0, 4, 200), rng.integers(0, 20, 200)
     fold = make_folds(labels, groups, folds=5)
     assert all(len(set(fold[groups == g])) == 1 for g in range(20)) and set(fold) == set(range(5))
+    labels[groups == 7] = np.where(np.arange((groups == 7).sum()) % 2, 9, labels[groups == 7])  # 9 is in this group only
+    labels[groups == 8] = 10  # and this group holds nothing else
+    fold = make_folds(labels, groups, folds=5)
+    assert all(len(set(fold[groups == g])) == 1 for g in range(20)) and set(fold[groups == 8]) == {-1}
 
 
 def test_folds_csv_is_written_once_and_guarded(data, tmp_path, capsys):
@@ -133,6 +140,8 @@ def test_every_kind_of_image_comes_out_as_upright_rgb(photo, tmp_path):
     Image.fromarray(alpha).save(tmp_path / "우유.png")
     rgba = read_image(tmp_path / "우유.png")
     assert near(rgba[:, :45], photo[:, :45]) and (rgba[:, 45:] == 255).all()
+    Image.fromarray(alpha).save(tmp_path / "clear.webp", lossless=True)
+    assert (read_image(tmp_path / "clear.webp")[:, 45:] == 255).all()
 
 
 def test_resize_keeps_the_whole_product(photo):

@@ -1,5 +1,6 @@
 """GeM, ArcFace and the loading of weights against hand-written references."""
 
+import json
 import math
 
 from utils import InputError
@@ -8,8 +9,11 @@ import numpy as np
 import pytest
 import timm
 import torch
+from conftest import ROOT
 
 from models import ArcFace, GeM, Model, add_margin, build, gem, load_weights
+
+LISTS = ROOT / "../shared/data/original/state_dicts.json"
 
 
 def test_gem_is_the_generalised_mean():
@@ -71,7 +75,7 @@ def test_margin_lowers_the_true_class_everywhere():
     assert (add_margin(cosine, 0.4) < cosine).all()
 
 
-@pytest.mark.parametrize("arch", ["test_efficientnet", "test_nfnet", "test_resnet"])
+@pytest.mark.parametrize("arch", ["test_efficientnet", "test_nfnet", "test_resnet", "mobilenetv3_small_050"])
 def test_model_shapes_and_rebuild(arch):
     model = Model(arch, 5).eval()
     images = torch.randint(0, 256, (2, 3, 64, 64), dtype=torch.uint8)
@@ -93,13 +97,17 @@ def test_lite_weights_are_the_package_s_and_normalised_to_pm1():
     assert model.mean.flatten().tolist() == [0.5] * 3 and model.std.flatten().tolist() == [0.5] * 3
 
 
-def test_weights_that_cannot_be_had_are_an_error():
+def test_weights_that_cannot_be_had_are_an_error(tmp_path):
     with pytest.raises(InputError, match="--weights none"):
         load_weights(Model("test_efficientnet", 2), "test_efficientnet", "auto")
     with pytest.raises(InputError, match="no such file"):
         load_weights(Model("test_efficientnet", 2), "test_efficientnet", "nowhere.pth")
     with pytest.raises(InputError, match="did you mean"):
         Model("nfnet_l00", 2)
+    for content in ({"epoch": 3, "net": {}}, [1, 2], torch.zeros(3)):
+        torch.save(content, tmp_path / "odd.pth")
+        with pytest.raises(InputError, match="no tensors by name"):
+            load_weights(Model("test_efficientnet", 2), "test_efficientnet", str(tmp_path / "odd.pth"))
 
 
 def original_state(arch, classes=1000):
@@ -119,7 +127,8 @@ def test_original_checkpoint_lands_tensor_for_tensor(arch, tmp_path):
     state = original_state(arch)
     torch.save({"state_dict": state}, tmp_path / "original.pth")
     model = Model(arch, 1000)
-    assert "original solution" in load_weights(model, arch, str(tmp_path / "original.pth"))
+    said, part = load_weights(model, arch, str(tmp_path / "original.pth"))
+    assert "original solution" in said and part == "all"
     have = model.state_dict()
     assert have["pool.p"].item() == 2.5 and torch.equal(have["head.weight"], state["head.weight"])
     for name, tensor in have.items():
@@ -127,14 +136,19 @@ def test_original_checkpoint_lands_tensor_for_tensor(arch, tmp_path):
             assert torch.equal(tensor, state["backbone.net." + name.removeprefix("backbone.")]), name
     assert torch.allclose(model.mean.flatten(), torch.tensor([0.485, 0.456, 0.406]))
     other = Model(arch, 3)
-    assert "left out" in load_weights(other, arch, str(tmp_path / "original.pth"))
+    said, part = load_weights(other, arch, str(tmp_path / "original.pth"))
+    assert "left out" in said and part == "body"
 
 
 @pytest.mark.parametrize("arch, tensors, features", [("dm_nfnet_f0", 243, 3072), ("tf_efficientnet_b1_ns", 518, 1280)])
 def test_the_original_networks_are_timm_s(arch, tensors, features):
     """The published checkpoints hold 243 and 518 tensors: timm's, its classifier's two, and the ten of p, neck and head."""
     model = Model(arch, 1000)
-    assert len(original_state(arch)) == tensors
+    state = original_state(arch)
+    assert len(state) == tensors
+    if LISTS.exists():  # the published checkpoints' own lists of names and shapes
+        listed = dict(json.loads(LISTS.read_text())["networks"][arch])
+        assert listed == {name: list(tensor.shape) for name, tensor in state.items()}
     assert sum(name.startswith("backbone.") for name in model.state_dict()) == tensors - 12
     assert model.neck[0].weight.shape == (512, features)
 

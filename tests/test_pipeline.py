@@ -81,6 +81,17 @@ def test_ctrl_c_and_sigterm_say_one_line(data, tmp_path):
         assert process.returncode == 130 and error.startswith("interrupted") and len(error.splitlines()) == 1, error
 
 
+def test_a_run_that_failed_before_its_first_epoch_takes_other_arguments(data, tmp_path):
+    script("train.py", "--arch", "test_nfnet", "--fold", 0, "--input", data, "--output", tmp_path, "--size", 32, code=2)
+    train(data, tmp_path, "test_nfnet", 0, "--epochs", "1")
+
+
+def test_a_missing_test_image_is_known_before_training(tmp_path):
+    broken = make_data(tmp_path / "d")
+    (broken / "test" / "q00.jpg").unlink()
+    assert "q00.jpg" in train(broken, tmp_path / "o", code=2).stderr
+
+
 def test_other_arguments_are_refused_by_name_and_restart_begins_anew(data, output, tmp_path):
     shutil.copytree(output, tmp_path / "o")
     refused = train(data, tmp_path / "o", "test_efficientnet", 0, "--lr", "0.1", code=2)
@@ -205,6 +216,8 @@ def test_original_weights_embed_and_retrieve_without_training(data, tmp_path):
     (("train.py", "--arch", "test_nfnet", "--fold", "0", "--clip", "hard"), "--clip hard"),
     (("train.py", "--arch", "test_nfnett", "--fold", "0", "--weights", "none"), "did you mean test_nfnet"),
     (("train.py", "--arch", "test_nfnet", "--fold", "0"), "--weights none"),
+    (("train.py", "--arch", "test_nfnet", "--fold", "0", "--device", "cud"), "--device cud"),
+    (("extract.py", "--arch", "test_nfnet", "--fold", "0", "--weights", "none"), "brings no neck"),
     (("train.py", "--arch", "test_nfnet", "--fold", "0", "--input", "nowhere"), "nowhere/train.csv is not there"),
     (("extract.py",), "run train.py first"),
     (("retrieve.py", "--runs", "test_nfnet/fold0"), "run extract.py first"),
@@ -228,12 +241,13 @@ def test_run_all_two_runs_then_skips_them_and_names_a_failure(data, tmp_path):
     assert "epoch 2/2" in (output / "test_efficientnet" / "fold1" / "train.log").read_text()
     submission = (output / "submission.csv").read_bytes()
     second = run_all("--archs", "nosuchnet test_efficientnet", "--folds", "0", *flags, code=1)
-    assert "nosuchnet fold 0: see" in second.stderr and "did you mean" in (output / "nosuchnet/fold0/train.log").read_text()
+    assert "nosuchnet fold 0: see" in second.stderr and "Unknown model" in (output / "nosuchnet/fold0/train.log").read_text()
     assert second.stdout.count("finished already") == 1 and second.stdout.count("up to date") == 2
     assert (output / "submission.csv").read_bytes() == submission
 
 
 def test_run_all_says_what_is_missing_and_refuses_a_second_copy(data, tmp_path):
+    assert "--archs" in run_all("--arch", "test_nfnet", code=2).stderr
     missing = run_all("--input", tmp_path / "nothing", "--output", tmp_path / "o", code=2)
     assert len(missing.stderr.splitlines()) == 3 and "--demo" in missing.stderr
     flags = ["--archs", "test_nfnet", "--folds", "0", "--input", data, "--output", tmp_path / "o", *TINY, "--epochs", 500]

@@ -90,7 +90,7 @@ def test_votes_by_hand():
     assert vote_nearest(SIMILARITY, LABEL, 3)[0].tolist() == pytest.approx([0.8, -1.0, 0.9])
     assert vote_sum(SIMILARITY, LABEL, 3, power=1.0)[0].tolist() == pytest.approx([1.5, 0, 0.9])
     assert vote_sum(SIMILARITY, LABEL, 3, power=9.0)[0].tolist() == pytest.approx([0.8**9 + 0.7**9, 0, 0.9**9])
-    assert vote_sum(-SIMILARITY, LABEL, 3)[0].tolist() == [0, 0, 0]
+    assert vote_sum(-SIMILARITY, LABEL, 3)[0].tolist() == pytest.approx([2e-54, 0, 1e-54], abs=1e-66), "none without neighbour"
 
 
 def test_fusion_by_hand():
@@ -114,4 +114,4 @@ def test_topk_on_the_gpu_equals_the_cpu():
     rng = np.random.default_rng(4)
     queries, gallery = rng.normal(size=(300, 64)).astype(np.float32), rng.normal(size=(900, 64)).astype(np.float32)
     cpu, gpu = topk(queries, gallery, 5), topk(queries, gallery, 5, device="cuda", query_block=100, gallery_block=128)
-    assert np.allclose(cpu[0], gpu[0], atol=2e-3) and (cpu[1] == gpu[1]).mean() > 0.98  # TF32 products
+    assert np.allclose(cpu[0], gpu[0], atol=2e-6) and np.array_equal(cpu[1], gpu[1])
