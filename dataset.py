@@ -282,7 +282,7 @@ class EpochSampler(Sampler):
 
 
 def default_workers():
-    return min(8, os.cpu_count() or 1)
+    return min(8, max(1, (os.cpu_count() or 1) - 1))  # a core is left to the training process
 
 
 def _start_worker(_):

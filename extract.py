@@ -61,7 +61,7 @@ def parse_args():
     add("--size", type=int, default=256, help="image side in pixels, only with --weights (default 256)")
     add("--precision", choices=["auto", "fp32", "bf16", "fp16"], help="default: that of the training")
     add("--batch-size", type=int, default=0, help="images a batch; 0 = 64 on a CPU, 512 on a GPU, halved until it fits")
-    add("--workers", type=int, default=default_workers(), help="loader processes (default min(8, cores))")
+    add("--workers", type=int, default=default_workers(), help="loader processes (default min(8, cores - 1))")
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1 ... (default auto)")
     args = parser.parse_args()
     if args.batch_size < 0 or args.size < 1:

@@ -22,7 +22,7 @@ usage() { sed -n '2,10s/^# \{0,1\}//p' run_all.sh; exit "$1"; }
 [[ " $* " == *" --demo "* ]] && {
     DEMO=1 INPUT=input/demo OUTPUT=output/demo
     ARCHS="tf_efficientnet_lite0 tf_efficientnet_lite1"
-    TRAIN=(--size 96 --epochs 5 --batch-size 16 --head-lr-scale 5 --eval-every 5)
+    TRAIN=(--size 96 --epochs 4 --batch-size 16 --lr 0.003 --head-lr-scale 5 --precision fp32 --eval-every 4)
 }
 while (($#)); do
     case $1 in
@@ -70,7 +70,7 @@ start=$SECONDS
 . scripts/setup.sh
 echo "set-up,$((SECONDS - start))" >> "$OUTPUT/times.csv"
 if [[ -n $DEMO ]]; then
-    stage "demo data" "$OUTPUT/make_demo.log" "$PYTHON" scripts/make_demo.py "$INPUT" || exit
+    stage "demo data" "$OUTPUT/make_demo.log" "$PYTHON" scripts/make_demo.py "$INPUT" --classes 20 --test-per-class 15 || exit
 fi
 
 failed=()

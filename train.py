@@ -100,7 +100,7 @@ def parse_args():
     add("--eval-every", type=int, default=1, help="epochs between validations; the last is always one (default 1)")
     add("--eval-batch-size", type=int, default=64, help="images a batch in validation (default 64)")
     add("--seed", type=int, default=9999, help="of folds, weights, order and augmentation (default 9999)")
-    add("--workers", type=int, default=default_workers(), help="loader processes (default min(8, cores))")
+    add("--workers", type=int, default=default_workers(), help="loader processes (default min(8, cores - 1))")
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1 ... (default auto)")
     add("--check", action="store_true", help="decode every image before training, not only read its header")
     add("--restart", action="store_true", help="throw an earlier run in this folder away")
