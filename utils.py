@@ -93,6 +93,13 @@ def autocast(device, precision):
     return torch.autocast(device.type, torch.bfloat16 if precision == "bf16" else torch.float16)
 
 
+def normalise(x):
+    """Rows of a float tensor [N, D] to length 1 in float32, safe for tiny and huge ones; a zero row stays zero."""
+    x = x.float()
+    x = x / x.abs().amax(1, keepdim=True).clamp(min=torch.finfo(torch.float32).tiny)
+    return x / torch.linalg.vector_norm(x, dim=1, keepdim=True).clamp(min=torch.finfo(torch.float32).tiny)
+
+
 def peak_memory(device):
     """Peak memory in GiB: of the GPU's allocator, or of this process on a CPU."""
     if device.type == "cuda":

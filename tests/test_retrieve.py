@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 
+import retrieve
 from retrieve import Joined, head_scores, topk, vote_fusion, vote_nearest, vote_sum
 
 
@@ -21,7 +22,7 @@ def brute_force(queries, gallery, k, exclude=None):
     return np.take_along_axis(similarity, order, 1), order
 
 
-BLOCKS = [{}, {"query_block": 7, "gallery_block": 13}, {"query_block": 1, "gallery_block": 1}]
+BLOCKS = [{"screen": s} for s in ("auto", "int8", "bf16", "fp32")]
 
 
 @pytest.mark.parametrize("blocks", BLOCKS)
@@ -68,7 +69,7 @@ def test_norms_do_not_matter_zero_is_zero_and_nan_is_named(tmp_path):
     assert np.array_equal(topk(queries, mapped, 3)[1], index)
     gallery[7, 1] = np.nan
     with pytest.raises(InputError, match="row 7 of the gallery"):
-        topk(queries, gallery, 3, gallery_block=4)
+        topk(queries, gallery, 3)
 
 
 def test_joined_runs_weigh_alike():
@@ -76,10 +77,98 @@ def test_joined_runs_weigh_alike():
     a, b = rng.normal(size=(12, 4)).astype(np.float32), 100 * rng.normal(size=(12, 6)).astype(np.float32)
     joined = Joined([a, b], rows=np.array([5, 1, 7]))
     unit = [x / np.linalg.norm(x, axis=1, keepdims=True) for x in (a, b)]
-    assert joined.shape == (3, 10) and np.allclose(joined[0:2], np.concatenate(unit, 1)[[5, 1]], atol=1e-6)
+    assert joined.shape == (3, 10) and np.allclose(joined[0:2], np.concatenate(unit, 1)[[5, 1]] / 2**0.5, atol=1e-6)
     mean_cosine = (unit[0] @ unit[0].T + unit[1] @ unit[1].T) / 2
     similarity, index = topk(Joined([a, b]), Joined([a, b]), 12)
     assert np.allclose(similarity, np.take_along_axis(mean_cosine, index, 1), atol=1e-6)
+
+
+def adversarial(rng):
+    """{name: (queries, gallery, k)}: what a low-precision screen finds hard."""
+    noise, centre = rng.normal(size=(700, 32)).astype(np.float32), rng.normal(size=(9, 32)).astype(np.float32)
+    close = centre[rng.integers(0, 9, 700)] + np.float32(1e-4) * noise
+    mixed = noise * (10.0 ** rng.integers(-38, 17, (700, 1))).astype(np.float32)
+    spiky = noise * np.where(rng.random((700, 32)) < 0.05, 1e4, 1).astype(np.float32)
+    return {"all the same": (noise[:9], np.repeat(noise[:1], 700, 0), 7), "few different": (noise[:70], noise[:700] // 2, 9),
+            "closer than the codes": (centre, close, 5), "norms from 1e-38 to 1e17": (mixed[:50], mixed, 5),
+            "outliers": (spiky[:50], spiky, 5), "huge k": (noise[:20], noise, 690), "zero rows": (noise[:9] * 0, noise, 3),
+            "opposite": (-centre, close, 3), "one row": (noise[:5], noise[:1], 3),
+            "zero gallery": (noise[:5], noise[:40] * 0, 3)}
+
+
+@pytest.mark.parametrize("name", adversarial(np.random.default_rng(0)))
+def test_every_screen_is_certified(name, monkeypatch):
+    queries, gallery, k = adversarial(np.random.default_rng(0))[name]
+    similarity, index = topk(queries, gallery, k, screen="fp32")
+    expected, _ = brute_force(queries, gallery, k)
+    assert np.allclose(similarity, expected, atol=3e-6)
+    cosine = brute_force(queries, gallery, len(gallery))
+    true = np.take_along_axis(np.take_along_axis(cosine[0], cosine[1].argsort(1), 1), index, 1)
+    assert np.allclose(similarity, true, atol=3e-6), "the similarity is not that of the neighbour"
+    assert ((np.diff(similarity) < 0) | (np.diff(similarity) == 0) & (np.diff(index) > 0)).all(), "order"
+    monkeypatch.setattr(retrieve, "TILE", 96)
+    monkeypatch.setattr(retrieve, "QUERIES", 16)
+    for screen in ("int8", "bf16", "fp32"):
+        for memory in (1.0, 2e-5):  # the second: many parts of the gallery
+            again = topk(queries, gallery, k, screen=screen, memory=memory)
+            assert np.array_equal(again[0], similarity) and np.array_equal(again[1], index), (screen, memory)
+
+
+def test_random_rows_send_int8_to_its_fall_back(monkeypatch):
+    rng = np.random.default_rng(5)
+    queries, gallery = (rng.normal(size=(n, 4)).astype(np.float32) * 1e-3 + 1 for n in (40, 3000))
+    used, candidates = [], retrieve.candidates
+    monkeypatch.setattr(retrieve, "candidates", lambda *a: used.append(a[1].screen) or candidates(*a))
+    assert np.array_equal(topk(queries, gallery, 5, screen="int8")[1], topk(queries, gallery, 5, screen="fp32")[1])
+    assert used[0] == "int8" and "fp32" in used[:3]
+
+
+def test_a_mask_holds_across_parts_of_the_gallery(monkeypatch):
+    monkeypatch.setattr(retrieve, "TILE", 32)
+    vectors = np.random.default_rng(6).integers(0, 3, (200, 5)).astype(np.float32)
+    own = np.arange(200)
+    for screen in ("int8", "bf16", "fp32"):
+        index = topk(vectors, vectors, 12, own, screen=screen, memory=1e-6)[1]
+        assert not (index == own[:, None]).any()
+        assert np.array_equal(index, topk(vectors, vectors, 12, own, screen="fp32")[1])
+
+
+def test_float64_half_and_bfloat16_rows():
+    rng = np.random.default_rng(7)
+    queries, gallery = rng.normal(size=(8, 16)), rng.normal(size=(90, 16))
+    expected = brute_force(queries, gallery, 4)[1]
+    assert np.array_equal(topk(queries * 1e-200, gallery * 1e200, 4)[1], expected)
+    assert np.array_equal(topk(torch.from_numpy(queries), torch.from_numpy(gallery), 4)[1], expected)
+    half = gallery.astype(np.float16)
+    assert np.array_equal(topk(queries, half, 4)[1], brute_force(queries, half, 4)[1])
+    coarse = torch.from_numpy(gallery).bfloat16()
+    assert np.array_equal(topk(queries, coarse, 4)[1], brute_force(queries, coarse.float().numpy(), 4)[1])
+
+
+def test_an_interrupted_search_goes_on(tmp_path, monkeypatch):
+    monkeypatch.setattr(retrieve, "QUERIES", 8)
+    rng = np.random.default_rng(8)
+    queries, gallery = rng.normal(size=(300, 16)).astype(np.float32), rng.normal(size=(50, 16)).astype(np.float32)
+    expected = topk(queries, gallery, 5)
+    store, done, calls = retrieve.Store(tmp_path, "a"), retrieve.Store.done, []
+
+    def killed(self, count):
+        done(self, count)
+        calls.append(count)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(retrieve.Store, "done", killed)
+        with pytest.raises(KeyboardInterrupt):
+            topk(queries, gallery, 5, store=store)
+    assert 0 < calls[-1] < 300
+    begun, search = [], retrieve.search
+    monkeypatch.setattr(retrieve, "search", lambda *a: begun.append(a[-1]) or search(*a))
+    got = topk(queries, gallery, 5, store=retrieve.Store(tmp_path, "a"))
+    assert begun == [calls[-1]] and all(np.array_equal(*pair) for pair in zip(got, expected, strict=True))
+    topk(queries, gallery, 5, store=retrieve.Store(tmp_path, "another"))
+    assert begun[-1] == 0, "another search does not go on from there"
 
 
 SIMILARITY = torch.tensor([[0.9, 0.8, 0.7]])
@@ -113,5 +202,5 @@ def test_head_scores_are_cosines_or_probabilities():
 def test_topk_on_the_gpu_equals_the_cpu():
     rng = np.random.default_rng(4)
     queries, gallery = rng.normal(size=(300, 64)).astype(np.float32), rng.normal(size=(900, 64)).astype(np.float32)
-    cpu, gpu = topk(queries, gallery, 5), topk(queries, gallery, 5, device="cuda", query_block=100, gallery_block=128)
+    cpu, gpu = topk(queries, gallery, 5), topk(queries, gallery, 5, device="cuda")
     assert np.allclose(cpu[0], gpu[0], atol=2e-6) and np.array_equal(cpu[1], gpu[1])
