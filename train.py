@@ -52,7 +52,7 @@ from dataset import (
 )
 from extract import embed, is_finished, run_folder
 from models import Model, load_weights
-from retrieve import topk
+from search import topk
 
 MACHINE = {"input", "output", "workers", "device", "check", "restart", "eval_batch_size"}  # free to change on a resume
 HINT = ("the checkpoint of the last finished epoch is kept. Try a lower --lr, --clip norm:5 (NFNets: agc:0.01), or "

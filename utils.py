@@ -18,6 +18,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from tqdm import tqdm
 
 
@@ -98,6 +99,22 @@ def normalise(x):
     x = x.float()
     x = x / x.abs().amax(1, keepdim=True).clamp(min=torch.finfo(torch.float32).tiny)
     return x / torch.linalg.vector_norm(x, dim=1, keepdim=True).clamp(min=torch.finfo(torch.float32).tiny)
+
+
+@contextlib.contextmanager
+def processes(device):
+    """Under torchrun, join the group of processes; yields this one's device and whether it is the first."""
+    if int(os.environ.get("WORLD_SIZE", 1)) == 1:
+        yield device, True
+        return
+    if device.type == "cuda":
+        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        torch.cuda.set_device(device)
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    try:
+        yield device, dist.get_rank() == 0
+    finally:
+        dist.destroy_process_group()
 
 
 def peak_memory(device):

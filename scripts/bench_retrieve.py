@@ -6,6 +6,7 @@ Prints seconds, the ratio to FAISS, GFLOP/s, peak memory beside the arrays (Linu
 
     pip install faiss-cpu
     python scripts/bench_retrieve.py --dim 5120
+    python scripts/bench_retrieve.py --n 72000 --methods ours --votes propagation expansion --repeat 1    # the contest's size
     python scripts/bench_retrieve.py --gallery output/nfnet_l0/fold0/train.npy --queries output/nfnet_l0/fold0/test.npy
 """
 
@@ -24,7 +25,8 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from retrieve import QUERIES, SCREENS, TILE, pick_screen, topk
+from retrieve import VOTES, check_vote_flags, label, vote_flags
+from search import QUERIES, SCREENS, TILE, Joined, pick_screen, topk
 
 METHODS = ["ours", "faiss", "sklearn", "torch", "limit"]
 
@@ -39,14 +41,16 @@ def parse_args():
     add("--n", type=int, default=8192, help="queries (default 8192)")
     add("--dim", type=int, default=5120, help="dimensions (default 5120)")
     add("--classes", type=int, default=1000, help="clusters (default 1000)")
-    add("--k", type=int, default=5, help="neighbours (default 5)")
-    add("--screen", choices=["auto", *SCREENS], default="auto", help="of our search (default auto)")
-    add("--memory", type=float, default=1.0, help="GiB our search may use (default 1)")
     add("--methods", nargs="+", choices=METHODS, default=METHODS, help="default all")
+    add("--votes", nargs="*", choices=VOTES[2:], default=[], metavar="VOTE",
+        help=f"also time these votes once, search included, and their accuracy on the clusters: {' '.join(VOTES[2:])}")
     add("--repeat", type=int, default=3, help="rounds, each runs every method (default 3)")
     add("--seed", type=int, default=0, help="of the data (default 0)")
-    add("--device", default="auto", help="auto, cpu, cuda, cuda:1 ... (default auto)")
+    vote_flags(parser)
     args = parser.parse_args()
+    check_vote_flags(parser, args)
+    if args.votes and args.gallery:
+        parser.error("--votes needs the labels of clustered rows; leave --gallery out")
     if bool(args.gallery) != bool(args.queries):
         parser.error("--gallery and --queries go together")
     return args
@@ -67,6 +71,7 @@ def clustered(folder, args):
             noise = rng.standard_normal(size=(len(part), args.dim), dtype=np.float32)
             rows[at:at + 4096] = centre[part] + spread * own + 3 * noise
         save_npy(folder / f"{name}.npy", rows)
+        np.save(folder / f"{name}_labels.npy", label)
         files.append(folder / f"{name}.npy")
     return files
 
@@ -152,6 +157,17 @@ def agreement(found, reference):
     return f"similarity within {off:.0e}, {(found[1] == reference[1]).mean():.4%} of the neighbours equal"
 
 
+def report(seconds, memory, results, flops, args):
+    """A line a method: seconds, ratio to FAISS, rate, memory, agreement with ours."""
+    base = np.median(seconds.get("faiss") or seconds[args.methods[0]])
+    reference = results.get("ours")
+    for name in args.methods:
+        middle = np.median(seconds[name])
+        same = "" if name in ("ours", "limit") or reference is None else agreement(results[name], reference)
+        print(f"{name:8} {middle:7.2f} s (least {min(seconds[name]):.2f})  {base / middle:5.2f} x  "
+              f"{flops / middle / 1e9:6.0f} GFLOP/s  {memory[name]:5.2f} GiB  {same}")
+
+
 def main():
     args = parse_args()
     device = pick_device(args.device)
@@ -172,13 +188,14 @@ def main():
                     took = time.perf_counter() - start
                 seconds[name].append(result if name == "limit" else took)
                 memory[name], results[name] = peak.top, result
-    base = np.median(seconds.get("faiss") or seconds[args.methods[0]])
-    reference = results.get("ours")
-    for name in args.methods:
-        middle = np.median(seconds[name])
-        same = "" if name in ("ours", "limit") or reference is None else agreement(results[name], reference)
-        print(f"{name:8} {middle:7.2f} s (least {min(seconds[name]):.2f})  {base / middle:5.2f} x  "
-              f"{flops / middle / 1e9:6.0f} GFLOP/s  {memory[name]:5.2f} GiB  {same}")
+        report(seconds, memory, results, flops, args)
+        for vote in args.votes:
+            labels, truth = (np.load(Path(folder) / f"{name}_labels.npy") for name in ("gallery", "queries"))
+            with PeakMemory() as peak:
+                start = time.perf_counter()
+                said = label(Joined([queries]), Joined([gallery]), labels, args.classes, None, args, [vote], device,
+                             Path(folder) / "scratch")[0][vote]
+            print(f"vote {vote:12} {time.perf_counter() - start:7.1f} s  {peak.top:5.2f} GiB  right {(said == truth).mean():.4f}")
 
 
 if __name__ == "__main__":

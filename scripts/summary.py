@@ -9,6 +9,7 @@ Writes output/summary.md
 """
 
 import argparse
+import shutil
 import sys
 from pathlib import Path
 
@@ -19,7 +20,18 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from utils import duration, pick_device, run, save_text
 
 from dataset import encode, load_folds, read_solution, read_test, read_train
-from retrieve import label_oof, label_test, load_runs, mean_heads, score
+from retrieve import (
+    DEFAULT_VOTES,
+    VOTES,
+    check_vote_flags,
+    fitting,
+    label_oof,
+    label_test,
+    load_runs,
+    score,
+    scratch,
+    vote_flags,
+)
 
 NAMES = {"head": "classifier head", "nearest": "nearest neighbour", "sum": "vote", "fusion": "fusion"}
 
@@ -30,11 +42,13 @@ def parse_args():
     add = parser.add_argument
     add("--input", default="input", help="data folder (default input)")
     add("--output", default="output", help="results folder (default output)")
-    add("--k", type=int, default=5, help="neighbours (default 5)")
-    add("--power", type=float, default=9.0, help="exponent of the similarity (default 9)")
-    add("--head-power", type=float, default=10.0, help="exponent of the head's cosine in the fusion (default 10)")
-    add("--device", default="auto", help="auto, cpu, cuda, cuda:1 ... (default auto)")
-    return parser.parse_args()
+    add("--votes", nargs="+", choices=VOTES, default=DEFAULT_VOTES, metavar="VOTE",
+        help=f"columns (default {' '.join(DEFAULT_VOTES)}), of {' '.join(VOTES)}")
+    add("--ensemble-only", action="store_true", help="only the row of all runs together")
+    vote_flags(parser)
+    args = parser.parse_args()
+    check_vote_flags(parser, args)
+    return args
 
 
 def groups(runs):
@@ -63,11 +77,12 @@ def main():
     classes, labels = encode(train["label"])
     number = {label: i for i, label in enumerate(classes)}
     runs = load_runs(args.output, None, train, test)
-    votes = list(NAMES) if mean_heads(runs, "train") else ["nearest", "sum"]
+    votes = fitting(runs, args.votes)
     fold = load_folds(args.output, train) if (Path(args.output) / "folds.csv").exists() else None
 
     lines = []
-    for title, members in groups(runs).items():
+    rows = {f"all {len(runs)} runs": runs} if args.ensemble_only else groups(runs)
+    for title, members in rows.items():
         results = []
         if fold is not None:
             results.append(("out-of-fold", score(label_oof(members, fold, labels, len(classes), args, votes, device), labels)))
@@ -75,7 +90,8 @@ def main():
             said = label_test(members, labels, len(classes), args, votes, device)[0]
             results.append(("test", score(said, np.array([number.get(label, -2) for label in truth]))))
         lines += [[title, split, *(f"{result[vote]:.4f}" for vote in votes)] for split, result in results if result]
-    report = table(lines, ["accuracy", "images", *(NAMES[vote] for vote in votes)])
+    shutil.rmtree(scratch(args).parent, ignore_errors=True)
+    report = table(lines, ["accuracy", "images", *(NAMES.get(vote, vote) for vote in votes)])
     report += "\n\nout-of-fold: each training image by those of the runs that did not train on it (one of each backbone)"
 
     times = Path(args.output) / "times.csv"

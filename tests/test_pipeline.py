@@ -180,6 +180,32 @@ def test_out_of_fold_equals_doing_it_by_hand(data, output):
     assert log["retrieval_acc"].max() == pytest.approx(expected, abs=1e-4), "training measures the same thing"
 
 
+def test_every_vote_labels_every_test_image(data, output):
+    from retrieve import VOTES
+
+    for vote in VOTES:
+        script("retrieve.py", "--input", data, "--output", output, "--vote", vote)
+        scores = json.loads((output / "scores.json").read_text())
+        assert 0 <= scores["oof"][vote] <= 1 and scores["vote"] == vote and not (output / "search").exists()
+        labels = set(pd.read_csv(data / "train.csv")["label"])
+        assert set(pd.read_csv(output / "submission.csv")["prediction"]) <= labels
+    said = script("scripts/summary.py", "--input", data, "--output", output, "--votes", *VOTES, "--ensemble-only")
+    assert said.stdout.count("all ") == 2 and "| propagation |" in said.stdout
+
+
+def test_torchrun_gives_the_same_submission(data, output, tmp_path):
+    for folder in ("one", "two"):
+        shutil.copytree(output, tmp_path / folder)
+    flags = ["--input", data, "--vote", "propagation", "--output"]
+    script("retrieve.py", *flags, tmp_path / "one")
+    subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2",
+                    ROOT / "retrieve.py", *flags, tmp_path / "two"], check=True, timeout=120)
+    for name in ("submission.csv", "scores.json"):
+        assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "two" / name).read_bytes()
+    one, two = (np.load(tmp_path / folder / "neighbours.npz") for folder in ("one", "two"))
+    assert all(np.array_equal(one[key], two[key]) for key in ("similarity", "index"))
+
+
 def test_retrieve_refuses_what_does_not_belong_together(data, output, tmp_path):
     shutil.copytree(output, tmp_path / "o")
     other = make_data(tmp_path / "other", test_each=2)

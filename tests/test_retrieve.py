@@ -1,13 +1,19 @@
 """The one top-k function against a float64 brute force, and each vote on a case worked by hand."""
 
+import subprocess
+import sys
+
 from utils import InputError
 
 import numpy as np
 import pytest
 import torch
+from conftest import ROOT
 
-import retrieve
-from retrieve import Joined, head_scores, topk, vote_fusion, vote_nearest, vote_sum
+import search
+import votes
+from retrieve import head_scores, joint_graph
+from search import Joined, topk
 
 
 def brute_force(queries, gallery, k, exclude=None):
@@ -106,8 +112,8 @@ def test_every_screen_is_certified(name, monkeypatch):
     true = np.take_along_axis(np.take_along_axis(cosine[0], cosine[1].argsort(1), 1), index, 1)
     assert np.allclose(similarity, true, atol=3e-6), "the similarity is not that of the neighbour"
     assert ((np.diff(similarity) < 0) | (np.diff(similarity) == 0) & (np.diff(index) > 0)).all(), "order"
-    monkeypatch.setattr(retrieve, "TILE", 96)
-    monkeypatch.setattr(retrieve, "QUERIES", 16)
+    monkeypatch.setattr(search, "TILE", 96)
+    monkeypatch.setattr(search, "QUERIES", 16)
     for screen in ("int8", "bf16", "fp32"):
         for memory in (1.0, 2e-5):  # the second: many parts of the gallery
             again = topk(queries, gallery, k, screen=screen, memory=memory)
@@ -117,14 +123,14 @@ def test_every_screen_is_certified(name, monkeypatch):
 def test_random_rows_send_int8_to_its_fall_back(monkeypatch):
     rng = np.random.default_rng(5)
     queries, gallery = (rng.normal(size=(n, 4)).astype(np.float32) * 1e-3 + 1 for n in (40, 3000))
-    used, candidates = [], retrieve.candidates
-    monkeypatch.setattr(retrieve, "candidates", lambda *a: used.append(a[1].screen) or candidates(*a))
+    used, candidates = [], search.candidates
+    monkeypatch.setattr(search, "candidates", lambda *a: used.append(a[1].screen) or candidates(*a))
     assert np.array_equal(topk(queries, gallery, 5, screen="int8")[1], topk(queries, gallery, 5, screen="fp32")[1])
     assert used[0] == "int8" and "fp32" in used[:3]
 
 
 def test_a_mask_holds_across_parts_of_the_gallery(monkeypatch):
-    monkeypatch.setattr(retrieve, "TILE", 32)
+    monkeypatch.setattr(search, "TILE", 32)
     vectors = np.random.default_rng(6).integers(0, 3, (200, 5)).astype(np.float32)
     own = np.arange(200)
     for screen in ("int8", "bf16", "fp32"):
@@ -146,11 +152,11 @@ def test_float64_half_and_bfloat16_rows():
 
 
 def test_an_interrupted_search_goes_on(tmp_path, monkeypatch):
-    monkeypatch.setattr(retrieve, "QUERIES", 8)
+    monkeypatch.setattr(search, "QUERIES", 8)
     rng = np.random.default_rng(8)
     queries, gallery = rng.normal(size=(300, 16)).astype(np.float32), rng.normal(size=(50, 16)).astype(np.float32)
     expected = topk(queries, gallery, 5)
-    store, done, calls = retrieve.Store(tmp_path, "a"), retrieve.Store.done, []
+    store, done, calls = search.Store(tmp_path, "a"), search.Store.done, []
 
     def killed(self, count):
         done(self, count)
@@ -159,16 +165,43 @@ def test_an_interrupted_search_goes_on(tmp_path, monkeypatch):
             raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(retrieve.Store, "done", killed)
+        patch.setattr(search.Store, "done", killed)
         with pytest.raises(KeyboardInterrupt):
             topk(queries, gallery, 5, store=store)
     assert 0 < calls[-1] < 300
-    begun, search = [], retrieve.search
-    monkeypatch.setattr(retrieve, "search", lambda *a: begun.append(a[-1]) or search(*a))
-    got = topk(queries, gallery, 5, store=retrieve.Store(tmp_path, "a"))
+    begun, inner = [], search.search
+    monkeypatch.setattr(search, "search", lambda *a: begun.append(a[-1]) or inner(*a))
+    got = topk(queries, gallery, 5, store=search.Store(tmp_path, "a"))
     assert begun == [calls[-1]] and all(np.array_equal(*pair) for pair in zip(got, expected, strict=True))
-    topk(queries, gallery, 5, store=retrieve.Store(tmp_path, "another"))
+    topk(queries, gallery, 5, store=search.Store(tmp_path, "another"))
     assert begun[-1] == 0, "another search does not go on from there"
+
+
+SHARDED = """
+import sys
+sys.path.insert(0, sys.argv[1])
+import utils, numpy as np, torch, torch.distributed as dist, search
+dist.init_process_group("gloo")
+torch.set_num_threads(1)
+rng = np.random.default_rng(9)
+gallery = rng.integers(0, 3, (401, 6)).astype(np.float32)  # many ties
+for screen in ("int8", "fp32"):
+    found = search.topk(gallery[:90], gallery, 150, np.arange(90), screen=screen)
+    if dist.get_rank() == 0:
+        np.savez(f"{sys.argv[2]}/{screen}.npz", *found)
+"""
+
+
+@pytest.mark.parametrize("ranks", [2, 3])
+def test_shards_merge_to_the_single_result(tmp_path, ranks):
+    (tmp_path / "job.py").write_text(SHARDED)
+    subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks),
+                    tmp_path / "job.py", str(ROOT), str(tmp_path)], check=True, timeout=120)
+    gallery = np.random.default_rng(9).integers(0, 3, (401, 6)).astype(np.float32)
+    alone = topk(gallery[:90], gallery, 150, np.arange(90))
+    for screen in ("int8", "fp32"):
+        with np.load(tmp_path / f"{screen}.npz") as found:
+            assert all(np.array_equal(found[f"arr_{i}"], alone[i]) for i in range(2))
 
 
 SIMILARITY = torch.tensor([[0.9, 0.8, 0.7]])
@@ -176,20 +209,74 @@ LABEL = torch.tensor([[2, 0, 0]])
 
 
 def test_votes_by_hand():
-    assert vote_nearest(SIMILARITY, LABEL, 3)[0].tolist() == pytest.approx([0.8, -1.0, 0.9])
-    assert vote_sum(SIMILARITY, LABEL, 3, power=1.0)[0].tolist() == pytest.approx([1.5, 0, 0.9])
-    assert vote_sum(SIMILARITY, LABEL, 3, power=9.0)[0].tolist() == pytest.approx([0.8**9 + 0.7**9, 0, 0.9**9])
-    assert vote_sum(-SIMILARITY, LABEL, 3)[0].tolist() == pytest.approx([2e-54, 0, 1e-54], abs=1e-66), "none without neighbour"
+    assert votes.nearest(SIMILARITY, LABEL, 3)[0].tolist() == pytest.approx([0.8, -1.0, 0.9])
+    assert votes.power_sum(SIMILARITY, LABEL, 3, power=1.0)[0].tolist() == pytest.approx([1.5, 0, 0.9])
+    assert votes.power_sum(SIMILARITY, LABEL, 3, power=9.0)[0].tolist() == pytest.approx([0.8**9 + 0.7**9, 0, 0.9**9])
+    assert votes.power_sum(-SIMILARITY, LABEL, 3)[0].tolist() == pytest.approx([2e-54, 0, 1e-54], abs=1e-66)
 
 
 def test_fusion_by_hand():
     head = torch.tensor([[0.5, 0.9, 0.4]])
-    scores = vote_fusion(SIMILARITY, LABEL, 3, head)[0].tolist()
+    scores = votes.fusion(SIMILARITY, LABEL, 3, head)[0].tolist()
     assert scores == pytest.approx([(0.8**9 + 0.7**9) * 0.5**10, 0, 0.9**9 * 0.4**10])
     seven = torch.tensor([[0.1, 0.6, 0.2, 0.3, 0.4, 0.5, -0.7]])  # classes 0 and 6 are not among the head's five best
-    scores = vote_fusion(SIMILARITY, torch.tensor([[0, 6, 1]]), 7, seven)[0].tolist()
+    scores = votes.fusion(SIMILARITY, torch.tensor([[0, 6, 1]]), 7, seven)[0].tolist()
     assert scores[0] == pytest.approx(0.9**9 * 1e-80) and scores[6] == pytest.approx(0.8**9 * 1e-80)
     assert scores[1] == pytest.approx(0.7**9 * 0.6**10) and np.argsort(scores)[::-1][:3].tolist() == [1, 0, 6]
+
+
+def test_mix_by_hand():
+    head = torch.tensor([[0.5, 0.9, 0.4]])
+    assert votes.mix(SIMILARITY, LABEL, 3, head, 0.25)[0].tolist() == pytest.approx([0.575, 0.675, 0.525])
+
+
+UNIT = np.array([[1, 0], [0.6, 0.8], [0, 1]], np.float32)  # of classes 0, 0, 1
+QUERY = np.array([[0.8, 0.6]], np.float32)
+
+
+def test_centroid_by_hand():
+    mean = np.array([1.6, 0.8]) / np.hypot(1.6, 0.8)
+    scores = votes.centroid(QUERY, UNIT, np.array([0, 0, 1]), 3)
+    assert scores[0].tolist() == pytest.approx([QUERY[0] @ mean, 0.6, 0], abs=1e-6)
+
+
+def test_recentring_by_hand():
+    """At a temperature near 0 the query joins its class wholly: class 0 becomes (1, 0) + (.8, .6)."""
+    labels = np.array([0, 1])
+    scores = votes.recentring(QUERY, np.array([[1, 0], [0, 1]], np.float32), labels, 2, temperature=1e-3, rounds=1)
+    assert scores[0].tolist() == pytest.approx([(1.8 * 0.8 + 0.6 * 0.6) / np.hypot(1.8, 0.6), 0.6], abs=1e-6)
+
+
+def test_centring_and_expansion_by_hand():
+    assert votes.centred(UNIT, np.empty_like(UNIT)).tolist() == [pytest.approx(row) for row in UNIT - UNIT.mean(0)]
+    near, which = np.array([[0.96, 0.8]], np.float32), np.array([[1, 0]])
+    got = votes.expanded(QUERY, UNIT, near, which, np.empty_like(QUERY), alpha=2.0)
+    assert got[0].tolist() == pytest.approx(QUERY[0] + 0.96**2 * UNIT[1] + 0.8**2 * UNIT[0])
+
+
+def test_propagation_equals_the_closed_form():
+    """Zhou's fixed point (1 - a) (I - a S)^-1 Y on a small graph; and a chain hands a label on past a nearer class."""
+    rng = np.random.default_rng(10)
+    vectors = rng.normal(size=(12, 3)).astype(np.float32) + 2
+    labels = np.array([0, 1, 2, 1, 0])
+    similarity, index = topk(vectors, vectors, 4, np.arange(12))
+    weight = np.zeros((12, 12))
+    np.add.at(weight, (np.arange(12)[:, None], index), similarity.astype(float) ** 3)
+    weight += weight.T
+    root = 1 / np.sqrt(weight.sum(1))
+    spread = np.linalg.solve(np.eye(12) - 0.9 * root[:, None] * weight * root, 0.1 * np.eye(12)[:, :5] @ np.eye(3)[labels])
+    got = votes.propagation(similarity, index, labels, 3, 0.9, 3.0, rounds=400, columns=2)
+    assert np.allclose(got, spread[5:], atol=1e-5)
+    angle = np.array([0, 2.6, 0.3, 0.6, 0.9, 1.2, 1.4])  # gallery: 0 and 2.6 radians; the last query is nearer to the latter
+    chain = np.stack([np.cos(angle), np.sin(angle)], 1).astype(np.float32)
+    graph = topk(chain, chain, 2, np.arange(7))
+    assert votes.propagation(*graph, np.array([0, 1]), 2, rounds=200).argmax(1).tolist() == [0] * 5
+
+
+def test_the_joint_graph_is_that_of_all_nodes_together():
+    vectors = np.random.default_rng(11).normal(size=(40, 6)).astype(np.float32)
+    graph = joint_graph(vectors[25:], vectors[:25], 5, topk)
+    assert all(np.array_equal(a, b) for a, b in zip(graph, topk(vectors, vectors, 5, np.arange(40)), strict=True))
 
 
 def test_head_scores_are_cosines_or_probabilities():

@@ -1,0 +1,389 @@
+"""Exact top-k by cosine similarity, several times as fast as the float32 product.
+
+A screen multiplies low-precision codes, cheap and wrong by at most a known bound, and keeps the gallery rows that could
+still be among the k nearest; those few are scored anew in float32, one pair at a time. So the screen decides the time and
+never the result: the same neighbours and the same digits from every screen, block size and number of processes.
+
+The bound. A normalised query q = q' + r (code and rest), a normalised gallery row g = g' + s. Then
+    |<q,g> - <q',g'>| = |<q,s> + <r,g'>| <= |q| |s| + |r| |g'|                                          (Cauchy-Schwarz)
+with |q| = 1, |g'| <= 1 + |s|, |r| and |s| measured. Sums of D products in float32, in any order, add at most D 2^-24 |q| |g|
+(Higham, Accuracy and Stability of Numerical Algorithms, 2002, section 3.1), and bfloat16 products are rounded to 2^-9.
+"""
+
+import warnings
+from pathlib import Path
+
+from utils import InputError, load_json, pick_precision, progress, save_json
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+
+NONE = torch.iinfo(torch.int64).max  # index of a place not filled
+SCREENS = {"int8": torch.int8, "bf16": torch.bfloat16, "fp32": torch.float32}  # each falls back to the next
+TILE, GROUP = 2048, 32  # gallery rows in a product; in a group whose best similarity is looked at first
+QUERIES = 1024  # queries in a product
+PAIRS = 1 << 22  # numbers held at a time while pairs are picked out and scored
+
+
+class Joined:
+    """Embeddings of several runs side by side, each L2-normalised first, read in blocks from memory maps. One array does
+    as well. `rows`: the rows that count, default all."""
+
+    def __init__(self, arrays, rows=None):
+        assert len({len(a) for a in arrays}) == 1, [a.shape for a in arrays]
+        self.arrays = [plain(a) for a in arrays]
+        self.rows = None if rows is None else np.asarray(rows)
+        self.shape = (len(arrays[0] if rows is None else self.rows), sum(a.shape[1] for a in arrays))
+
+    def __len__(self):
+        return self.shape[0]
+
+    def take(self, part, what="embeddings"):
+        """Rows of a slice or of row numbers, normalised, float32 [n, D], and the factors that normalised each run's share,
+        float64 [n, runs]. InputError for a row that is not finite."""
+        rows = part if self.rows is None else self.rows[part]
+        shares = [as_tensor(a[rows]) for a in self.arrays]
+        norm = torch.stack([torch.linalg.vector_norm(share, dim=1, dtype=torch.float64) for share in shares], 1)
+        if len(bad := (~torch.isfinite(norm).all(1)).nonzero()):
+            bad = np.arange(len(self))[part][int(bad[0])]
+            raise InputError(f"row {bad} of the {what} is NaN or infinite; extract it again")
+        factor = torch.where(norm > 0, 1 / (norm * (norm > 0).sum(1, keepdim=True).sqrt()), 0.0)
+        unit = torch.empty(len(factor), self.shape[1])
+        for share, f, to in zip(shares, factor.T, unit.split([a.shape[1] for a in self.arrays], 1), strict=True):
+            torch.mul(share, f[:, None].float(), out=to)
+            odd = (f > 1e30) | (f < 1e-30) & (f > 0)  # beyond float32
+            if odd.any():
+                to[odd] = (share[odd].double() * f[odd, None]).float()
+        return unit, factor
+
+    def __getitem__(self, part):
+        return self.take(part)[0]
+
+
+def plain(array):
+    """A float32 NumPy array or memory map as it is; a tensor or another float type as a float32 copy, normalised first
+    where float32 would overflow or vanish."""
+    if isinstance(array, torch.Tensor):
+        array = array.detach().cpu()
+        array = array.float().numpy() if array.dtype != torch.float64 else array.numpy()
+    if array.dtype != np.float32:
+        peak = np.abs(array).max(1, keepdims=True, initial=0).astype(np.float64)
+        with np.errstate(invalid="ignore"):
+            array = (array / np.where((peak > 1e-30) & (peak < 1e30) | (peak == 0), 1, peak)).astype(np.float32)
+    return array
+
+
+def as_tensor(array):
+    """The array as a tensor on the same memory. A memory map is read-only, and so do we treat it."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return torch.from_numpy(array)
+
+
+def in_place(device):
+    """Whether rows are scored where they lie: on the CPU, by MKL's build of PyTorch."""
+    return device.type == "cpu" and torch.backends.mkl.is_available()
+
+
+def pair_products(query, array, row, start):
+    """Inner products of pairs in float32: those of query [n, D] number i are with the rows row[start[i]:start[i + 1]] of
+    the array [m, D], which is read in place. Equal pairs give equal digits, wherever they stand."""
+    array = as_tensor(array)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # sparse CSR is "in beta"
+        pattern = torch.sparse_csr_tensor(start, row, torch.zeros(len(row)), (len(query), len(array)), check_invariants=False)
+        return torch.sparse.sampled_addmm(pattern, query.contiguous(), array.T, beta=0.0).values()
+
+
+class Gallery:
+    """Rows begin .. end of the gallery as codes of one screen, on the device."""
+
+    def __init__(self, vectors, begin, end, screen, device):
+        self.vectors, self.begin, self.size, self.screen = vectors, begin, end - begin, screen
+        self.tiles = -(-self.size // TILE)
+        self.tile = -(-self.size // (self.tiles * GROUP)) * GROUP
+        width = vectors.shape[1]
+        self.codes = torch.zeros(self.tiles * self.tile, -(-width // 8) * 8, dtype=SCREENS[screen], device=device)
+        self.factor = torch.empty(self.size, len(vectors.arrays), dtype=torch.float64)
+        self.unit = None if in_place(device) else torch.empty(self.size, width, device=device)
+        self.scale = self.pick_scale() if screen == "int8" else 1.0
+        self.rest = 0.0
+        step = max(16, 2**18 // width)  # rows that stay in the cache
+        for at in range(0, self.size, step):
+            to = slice(at, min(at + step, self.size))
+            unit, self.factor[to] = vectors.take(slice(begin + to.start, begin + to.stop), "gallery")
+            unit = unit.to(device)
+            self.codes[to, :width], rest = encode_rows(unit, screen, self.scale)
+            self.rest = max(self.rest, rest.max().item())
+            if self.unit is not None:
+                self.unit[to] = unit
+        self.sums = width * (2**-24 if device.type == "cpu" else 2**-22)  # tensor cores round their sums less carefully
+        self.buffer = torch.empty(0, dtype=torch.int32 if screen == "int8" else SCREENS[screen], device=device)
+
+    def pick_scale(self):
+        """One int8 step for all rows, so that products compare as they are: the one that loses least on a sample."""
+        sample = torch.cat([self.vectors[i:i + 1] for i in range(self.begin, self.begin + self.size, self.size // 256 + 1)])
+        steps = [max(sample.abs().max().item(), 1e-30) * share / 127 for share in (1.0, 0.8, 0.65, 0.5, 0.4, 0.3)]
+        return min(steps, key=lambda step: encode_rows(sample, "int8", step)[1].square().mean())
+
+    def similarity(self, query, i, j):
+        """Cosine of the pairs (query[i], gallery row begin + j) in float32; i ascending."""
+        if self.unit is not None:
+            step = max(1, PAIRS // query.shape[1])
+            parts = [(query[i[at:at + step]] * self.unit[j[at:at + step]]).sum(1) for at in range(0, len(j), step)]
+            return torch.cat(parts) if parts else torch.empty(0, device=query.device)
+        start = torch.zeros(len(query) + 1, dtype=torch.int64)
+        start[1:] = torch.bincount(i, minlength=len(query)).cumsum(0)
+        rows = self.begin + j if self.vectors.rows is None else torch.from_numpy(self.vectors.rows)[self.begin + j]
+        result, column = torch.zeros(len(j)), 0
+        for a, array in enumerate(self.vectors.arrays):
+            share = query[:, column:column + array.shape[1]]
+            column += array.shape[1]
+            factor = self.factor[j, a]
+            # Tiny and huge rows: the query takes over a power of two, which rounds nothing, lest float32 overflow or vanish.
+            power = (factor.clamp(min=1e-300).log2() / 60).round().clamp(-2, 2) * 60 * (factor > 0)
+            for p in power.unique() if power.any() else [torch.tensor(0.0)]:
+                product = pair_products(share * 2.0 ** p.item(), array, rows, start)
+                result += torch.where(power == p, product * (factor * 2.0 ** -p.item()).float(), 0)
+        return result
+
+
+def encode_rows(unit, screen, scale):
+    """Codes of normalised rows [n, D] in steps of `scale` (a number, or one a row [n, 1]), and the norms of what they leave
+    out [n]."""
+    if screen == "fp32":
+        return unit, unit.new_zeros(len(unit))
+    if screen == "bf16":
+        code = unit.to(torch.bfloat16)
+        return code, torch.linalg.vector_norm(unit - code, dim=1)
+    steps = unit * (1 / scale)
+    whole = steps.round().clamp_(-127, 127)
+    rest = torch.linalg.vector_norm(steps.sub_(whole), dim=1) * (scale if isinstance(scale, float) else scale[:, 0])
+    return whole.to(torch.int8), rest
+
+
+def products(codes, gallery, mask, group):
+    """Products of query codes [q, D] with the gallery's [tiles, q, tile], and the best of each group of neighbouring rows
+    [tiles, q, groups]. Padding and the pairs `mask` (i, j) get the least value."""
+    if gallery.buffer.numel() < gallery.tiles * len(codes) * gallery.tile:  # kept: fresh memory costs a page fault a page
+        gallery.buffer = gallery.buffer.new_empty(gallery.tiles * len(codes) * gallery.tile)
+    out = gallery.buffer[:gallery.tiles * len(codes) * gallery.tile].view(gallery.tiles, len(codes), gallery.tile)
+    least = torch.iinfo(out.dtype).min if gallery.screen == "int8" else -torch.inf
+    codes = F.pad(codes, (0, gallery.codes.shape[1] - codes.shape[1]))
+    if gallery.screen == "int8" and codes.is_cuda:  # cuBLAS wants more than 16 rows
+        codes = F.pad(codes, (0, 0, 0, max(0, 32 - len(codes))))
+    best = out.new_empty(gallery.tiles, out.shape[1], gallery.tile // group) if group > 1 else out
+    for t in range(gallery.tiles):
+        other = gallery.codes[t * gallery.tile:(t + 1) * gallery.tile].T
+        if gallery.screen != "int8":
+            torch.mm(codes, other, out=out[t])
+        elif codes.is_cuda:
+            out[t] = torch._int_mm(codes, other)[:out.shape[1]]
+        else:
+            torch._int_mm(codes, other, out=out[t])
+        if t == gallery.tiles - 1:
+            out[t, :, gallery.size - t * gallery.tile:] = least
+        if len(mask[0]):
+            here = mask[1] // gallery.tile == t
+            out[t, mask[0][here], mask[1][here] % gallery.tile] = least
+        if group > 1:  # while the tile is in the cache
+            torch.amax(out[t].view(out.shape[1], -1, group), 2, out=best[t])
+    return out, best
+
+
+def candidates(query, gallery, k, worst, mask, limit):
+    """Pairs (i, j), ascending, among which are the k nearest gallery rows of each query [q, D], as far as they are nearer
+    than `worst` [q], the k-th found before. Third, the queries with more than `limit` pairs: they get none."""
+    scale = (query.abs().amax(1, keepdim=True) / 127).clamp(min=1e-30) if gallery.screen == "int8" else query.new_ones(1, 1)
+    code, rest = encode_rows(query, gallery.screen, scale)
+    unit = scale[:, 0].double() * gallery.scale  # of the products, in cosine
+    error = (rest.double() * (1 + gallery.rest) + gallery.rest) * (1 + 1e-5) + 2 * gallery.sums + 1e-6
+    if gallery.screen == "bf16":
+        error += 2**-8.9  # the products themselves are rounded
+    group = GROUP if k * 4 <= gallery.size // GROUP else 1
+    product, best = products(code, gallery, mask, group)
+    best = best.transpose(0, 1)
+    enough = k <= best[0].numel()  # the k-th best of the groups is a lower bound of the k-th best of all
+    kth = best.flatten(1).topk(k, sorted=False).values.amin(1).double() * unit - error if enough else -torch.inf * error
+    least = ((torch.maximum(kth, worst.double()) - error) / unit).float()
+    least -= least.abs() * 1e-6  # this line's own rounding
+    hit = best >= least[:, None, None]
+    over = hit.sum((1, 2)) > limit
+    hit[over] = False
+    i, t, g = hit.nonzero().T
+    if group > 1:
+        column = g[:, None] * group + torch.arange(group, device=g.device)
+        h, o = (product[t[:, None], i[:, None], column] >= least[i][:, None]).nonzero().T
+        i, t, g = i[h], t[h], g[h] * group + o
+    j = t * gallery.tile + g
+    real = (j < gallery.size) & ~over[i]
+    if len(mask[0]):
+        real &= ~torch.isin(i * gallery.size + j, mask[0] * gallery.size + mask[1])
+    i, j = i[real], j[real]
+    over |= torch.bincount(i, minlength=len(query)) > limit
+    keep = ~over[i]
+    return i[keep], j[keep], over
+
+
+def merge(similarity, index, k):
+    """The k best of each row of [q, c], best first, equal ones by lower index."""
+    index, order = index.sort(dim=1, stable=True)
+    similarity, order = similarity.gather(1, order).sort(dim=1, descending=True, stable=True)
+    return similarity[:, :k], index.gather(1, order[:, :k])
+
+
+def search_block(query, gallery, best, own, limit):
+    """The block's k best so far (similarity, index [q, k]) joined with those of this part of the gallery. `own` [q]: the
+    gallery row that is not to be matched, or -1. Also returns the queries with too many candidates, left as they were."""
+    mask = ((own >= gallery.begin) & (own < gallery.begin + gallery.size)).nonzero()[:, 0]
+    mask = mask, own[mask] - gallery.begin
+    k = best[0].shape[1]
+    i, j, over = candidates(query, gallery, k, best[0][:, -1], mask, limit)
+    count = torch.bincount(i, minlength=len(query))
+    start = count.cumsum(0) - count
+    rows = max(1, PAIRS // max(1, int(count.max())))  # queries at a time, so that PAIRS bounds the memory
+    for at in range(0, len(query), rows):
+        part = slice(int(start[at]), int(start[at + rows]) if at + rows < len(query) else len(i))
+        row = i[part] - at
+        place = torch.arange(part.start, part.stop, device=i.device) - start[i[part]]
+        near = query.new_full((min(rows, len(query) - at), int(count[at:at + rows].max())), -torch.inf)
+        which = torch.full(near.shape, NONE, device=i.device)
+        near[row, place] = gallery.similarity(query[at:at + rows], row, j[part])
+        which[row, place] = j[part] + gallery.begin
+        both = torch.cat([best[0][at:at + rows], near], 1), torch.cat([best[1][at:at + rows], which], 1)
+        best[0][at:at + rows], best[1][at:at + rows] = merge(*both, k)
+    return best, over
+
+
+def pick_screen(name, device, work):
+    """'auto': what the device multiplies fastest; float32 for less than a few seconds of `work` (products of numbers)."""
+    if name != "auto":
+        return name
+    if device.type == "cuda":
+        return "bf16"
+    if work < 1e9 or not in_place(device):
+        return "fp32"
+    return "int8" if torch.cpu._is_vnni_supported() else pick_precision("auto", device)
+
+
+def search(queries, gallery, k, exclude, device, screen, memory, first=0):
+    """Yields (slice of the queries, similarity, index), a chunk at a time, from query number `first` on. Under torchrun
+    every process searches its share of the gallery and gets the joint result."""
+    rank, ranks = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    low, high = len(gallery) * rank // ranks, len(gallery) * (rank + 1) // ranks
+    width, names = gallery.shape[1], list(SCREENS)
+    row_bytes = {name: width * (SCREENS[name].itemsize + (0 if in_place(device) else 4)) + 16 for name in names}
+    parts = {name: max(TILE, int(min(0.4 * memory / row_bytes[name], 0.25 * memory / (4 * QUERIES)))) for name in names}
+    chunk = QUERIES * max(1, min(16, int(0.1 * memory / (24 * k) / QUERIES)))
+    begun = names.index(screen)
+    whole = Gallery(gallery, low, high, screen, device) if high - low <= parts[screen] and high > low else None
+
+    for at in range(first, len(queries), chunk):
+        size = min(chunk, len(queries) - at)
+        near, which = torch.full((size, k), -torch.inf, device=device), torch.full((size, k), NONE, device=device)
+        own = torch.as_tensor(exclude[at:at + size], device=device)
+        todo = torch.arange(size)
+        for name in names[begun:]:
+            failed = torch.zeros(size, dtype=torch.bool)
+            for start in range(low, high, parts[name]):
+                stop = min(start + parts[name], high)
+                part = whole if whole and name == screen else Gallery(gallery, start, stop, name, device)
+                limit = max(64, 4 * k, part.size // 64) if name != names[-1] else torch.inf
+                for block in todo.split(QUERIES):
+                    block = block[~failed[block]]
+                    if not len(block):
+                        continue
+                    query = queries.take(at + block.numpy(), "queries")[0].to(device)
+                    best, over = search_block(query, part, (near[block], which[block]), own[block], limit)
+                    near[block], which[block] = best
+                    failed[block] = over.cpu()
+                    if failed[todo].sum() > max(64, len(todo) / 2):  # not the screen for this data
+                        failed[todo] = True
+                        begun = max(begun, names.index(name) + 1)
+                        break
+                del part
+            todo = failed.nonzero()[:, 0]
+            near[todo], which[todo] = -torch.inf, NONE
+            if not len(todo):
+                break
+        assert not len(todo), "float32 keeps every candidate"
+        if ranks > 1:
+            near, which = merge(*(join_ranks(t, ranks) for t in (near, which)), k)
+        yield slice(at, at + size), near.cpu().numpy(), which.cpu().numpy()
+
+
+def broadcast(number):
+    """The first process's number, on every process."""
+    box = [number]
+    dist.broadcast_object_list(box)
+    return box[0]
+
+
+def join_ranks(tensor, ranks):
+    """The processes' tensors [q, k] side by side, [q, ranks * k], on every process."""
+    all_of_them = [torch.empty_like(tensor) for _ in range(ranks)]
+    dist.all_gather(all_of_them, tensor.contiguous())
+    return torch.cat(all_of_them, 1)
+
+
+def topk(queries, gallery, k, exclude=None, device="cpu", screen="auto", memory=1.0, store=None):
+    """Exact k nearest gallery rows by cosine similarity; the full similarity matrix never exists.
+
+    queries [n, D], gallery [m, D]: arrays, memory maps, tensors or Joined, of any float type; rows are L2-normalised here,
+    tiny and huge ones safely; a zero row has similarity 0 to all. float32 arrays are read in place.
+    exclude [n]: gallery row that query i must not match (itself, in a leave-one-out search), -1 for none.
+    screen: 'int8', 'bf16', 'fp32', or 'auto' for the fastest here; changes the time, never a digit of the result.
+    memory: GiB to use beside the arrays themselves and the result.
+    store: a Store, which keeps what is found on disk and lets an interrupted search go on.
+    Returns (similarity float32 [n, k], index int64 [n, k]), best first, equal similarities by lower index; k beyond the
+    gallery (less the excluded row) gives that many columns. A similarity is the float32 inner product of the normalised
+    rows, within D 2^-24 of the true cosine, typically 1e-7. InputError names a NaN row.
+    """
+    queries, gallery = (x if isinstance(x, Joined) else Joined([x]) for x in (queries, gallery))
+    assert queries.shape[1] == gallery.shape[1], f"{queries.shape[1]} and {gallery.shape[1]} dimensions"
+    n, m = len(queries), len(gallery)
+    exclude = np.full(n, -1) if exclude is None else np.asarray(exclude)
+    k = max(0, min(k, m - bool((exclude >= 0).any())))
+    store = store or Store()
+    similarity, index, first = store.open(n, k)
+    if dist.is_initialized():  # the first process keeps the result, the others go where it stands
+        first = broadcast(first)
+    if k:
+        device = torch.device(device)
+        screen = pick_screen(screen, device, n * m * queries.shape[1])
+        with progress(None, "search", n) as bar, torch.inference_mode():
+            bar.update(first)
+            for part, near, which in search(queries, gallery, k, exclude, device, screen, memory * 2**30, first):
+                similarity[part], index[part] = near, which
+                store.done(part.stop)
+                bar.update(part.stop - part.start)
+    return similarity, index
+
+
+class Store:
+    """Where topk keeps its result: in memory, or with a folder on disk, where an interrupted search goes on. `key` names
+    the search (its inputs and settings); what another search left in the folder is thrown away."""
+
+    def __init__(self, folder=None, key=""):
+        self.folder, self.key = folder and Path(folder), key
+
+    def open(self, n, k):
+        """(similarity [n, k], index [n, k], number of queries done)."""
+        if self.folder is None:
+            return np.empty((n, k), np.float32), np.empty((n, k), np.int64), 0
+        self.folder.mkdir(parents=True, exist_ok=True)
+        state = self.folder / "state.json"
+        first = load_json(state)["done"] if state.exists() and load_json(state)["key"] == self.key else 0
+        if not first:
+            state.unlink(missing_ok=True)
+        self.arrays = [np.lib.format.open_memmap(self.folder / f"{name}.npy", "r+" if first else "w+", kind, (n, k))
+                       for name, kind in [("similarity", np.float32), ("index", np.int64)]]
+        return *self.arrays, first
+
+    def done(self, count):
+        if self.folder is not None:
+            for array in self.arrays:
+                array.flush()
+            save_json(self.folder / "state.json", {"key": self.key, "done": count})
