@@ -3,7 +3,7 @@
 Reads  input/{train.csv,sample_submission.csv[,solution.csv]}, output/folds.csv, the .npy of finished runs
 Writes output/{neighbours.npz,submission.csv,scores.json}
 
-    python retrieve.py                                              # all finished runs, fusion of the 5 nearest
+    python retrieve.py                                              # all finished runs, label of the nearest image
     python retrieve.py --runs nfnet_l0/fold0 nfnet_l0/fold1 --vote sum --k 10
     torchrun --nproc_per_node 4 retrieve.py                         # the gallery shared among processes, one GPU each
 """
@@ -50,7 +50,7 @@ def parse_args():
     add("--input", default="input", help="data folder (default input)")
     add("--output", default="output", help="results folder (default output)")
     add("--runs", nargs="+", metavar="ARCH/foldK", help="runs to join; default: every finished run")
-    add("--vote", choices=VOTES, default="fusion", metavar="VOTE", help="which labels the submission gets (default fusion): "
+    add("--vote", choices=VOTES, default="nearest", metavar="VOTE", help="which labels the submission gets (default nearest): "
         + "; ".join(f"{name}: {what}" for name, what in (votes.INDUCTIVE | votes.TRANSDUCTIVE).items())
         + ". The last three use that all test images are there at once; a label then depends on which others came with it")
     add("--oof", action=argparse.BooleanOptionalAction, default=True,
@@ -74,12 +74,12 @@ def vote_flags(parser):
     add("--temperature", type=float, default=0.05, help="recentring: of the softmax over cosines (default 0.05)")
     add("--screen", choices=["auto", *SCREENS], default="auto", help="precision of the search's first look; the result is the "
         "same (default auto: the fastest here)")
-    add("--memory", type=float, default=1.0, help="GiB that the search may use (default 1)")
+    add("--memory", type=float, help="GiB that the search may use (default 1; on a GPU half of what is free)")
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1 ... (default auto)")
 
 
 def check_vote_flags(parser, args):
-    if min(args.k, args.graph_k) < 1 or not args.memory > 0 or not args.temperature > 0:
+    if min(args.k, args.graph_k) < 1 or (args.memory is not None and not args.memory > 0) or not args.temperature > 0:
         parser.error("--k and --graph-k need at least 1 neighbour, --memory and --temperature more than 0")
     if not (0 <= args.mix <= 1 and 0 <= args.damping < 1):
         parser.error("--mix must be 0..1, --damping 0 or more and below 1")

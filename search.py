@@ -288,6 +288,8 @@ def search(queries, gallery, k, exclude, device, screen, memory, first=0):
         for name in names[begun:]:
             failed = torch.zeros(size, dtype=torch.bool)
             for start in range(low, high, parts[name]):
+                if failed[todo].all():
+                    break
                 stop = min(start + parts[name], high)
                 part = whole if whole and name == screen else Gallery(gallery, start, stop, name, device)
                 limit = max(64, 4 * k, part.size // 64) if name != names[-1] else torch.inf
@@ -328,14 +330,14 @@ def join_ranks(tensor, ranks):
     return torch.cat(all_of_them, 1)
 
 
-def topk(queries, gallery, k, exclude=None, device="cpu", screen="auto", memory=1.0, store=None):
+def topk(queries, gallery, k, exclude=None, device="cpu", screen="auto", memory=None, store=None):
     """Exact k nearest gallery rows by cosine similarity; the full similarity matrix never exists.
 
     queries [n, D], gallery [m, D]: arrays, memory maps, tensors or Joined, of any float type; rows are L2-normalised here,
     tiny and huge ones safely; a zero row has similarity 0 to all. float32 arrays are read in place.
     exclude [n]: gallery row that query i must not match (itself, in a leave-one-out search), -1 for none.
     screen: 'int8', 'bf16', 'fp32', or 'auto' for the fastest here; changes the time, never a digit of the result.
-    memory: GiB to use beside the arrays themselves and the result.
+    memory: GiB to use beside the arrays themselves and the result; default 1, on a GPU half of what is free there.
     store: a Store, which keeps what is found on disk and lets an interrupted search go on.
     Returns (similarity float32 [n, k], index int64 [n, k]), best first, equal similarities by lower index; k beyond the
     gallery (less the excluded row) gives that many columns. A similarity is the float32 inner product of the normalised
@@ -353,6 +355,8 @@ def topk(queries, gallery, k, exclude=None, device="cpu", screen="auto", memory=
     if k:
         device = torch.device(device)
         screen = pick_screen(screen, device, n * m * queries.shape[1])
+        if memory is None:
+            memory = torch.cuda.mem_get_info(device)[0] / 2**31 if device.type == "cuda" else 1.0
         with progress(None, "search", n) as bar, torch.inference_mode():
             bar.update(first)
             for part, near, which in search(queries, gallery, k, exclude, device, screen, memory * 2**30, first):

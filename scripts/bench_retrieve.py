@@ -195,7 +195,8 @@ def main():
                 start = time.perf_counter()
                 said = label(Joined([queries]), Joined([gallery]), labels, args.classes, None, args, [vote], device,
                              Path(folder) / "scratch")[0][vote]
-            print(f"vote {vote:12} {time.perf_counter() - start:7.1f} s  {peak.top:5.2f} GiB  right {(said == truth).mean():.4f}")
+                took = time.perf_counter() - start
+            print(f"vote {vote:12} {took:7.1f} s  {peak.top:5.2f} GiB  right {(said == truth).mean():.4f}")
 
 
 if __name__ == "__main__":

@@ -159,7 +159,7 @@ def test_retrieve_writes_the_submission_in_its_order(data, output):
     truth = pd.read_csv(data / "solution.csv", dtype=str).set_index("filename")["label"][done["filename"]].to_numpy()
     scores = json.loads((output / "scores.json").read_text())
     assert scores == json.loads(said.stdout)
-    assert scores["test"]["fusion"] == pytest.approx((done["prediction"].to_numpy() == truth).mean(), abs=1e-4)
+    assert scores["test"][scores["vote"]] == pytest.approx((done["prediction"].to_numpy() == truth).mean(), abs=1e-4)
     neighbours = np.load(output / "neighbours.npz")
     assert neighbours["index"].shape == (12, 5) and neighbours["similarity"].dtype == np.float32
     assert (np.diff(neighbours["similarity"], axis=1) <= 0).all()
