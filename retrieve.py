@@ -1,4 +1,4 @@
-"""Exact top-k similarity, voting, fusion: the labels of the test images.
+"""Load runs, search, vote, write: the labels of the test images.
 
 Reads  input/{train.csv,sample_submission.csv[,solution.csv]}, output/folds.csv, the .npy of finished runs
 Writes output/{neighbours.npz,submission.csv,scores.json}

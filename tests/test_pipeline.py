@@ -231,7 +231,7 @@ def test_original_weights_embed_and_retrieve_without_training(data, tmp_path):
     torch.save(original_state("test_nfnet", classes=9), tmp_path / "nine.pth")
     flags[5], flags[3] = tmp_path / "nine.pth", 1
     script("extract.py", "--input", data, "--output", tmp_path / "nine", *flags)
-    refused = script("retrieve.py", "--input", data, "--output", tmp_path / "nine", code=2)
+    refused = script("retrieve.py", "--input", data, "--output", tmp_path / "nine", "--vote", "fusion", code=2)
     assert "--vote sum" in refused.stderr
     script("retrieve.py", "--input", data, "--output", tmp_path / "nine", "--vote", "sum")
 
