@@ -90,7 +90,7 @@ def main():
             said = label_test(members, labels, len(classes), args, votes, device)[0]
             results.append(("test", score(said, np.array([number.get(label, -2) for label in truth]))))
         lines += [[title, split, *(f"{result[vote]:.4f}" for vote in votes)] for split, result in results if result]
-    shutil.rmtree(scratch(args).parent, ignore_errors=True)
+    shutil.rmtree(scratch(args), ignore_errors=True)
     report = table(lines, ["accuracy", "images", *(NAMES.get(vote, vote) for vote in votes)])
     report += "\n\nout-of-fold: each training image by those of the runs that did not train on it (one of each backbone)"
 
