@@ -71,6 +71,8 @@ def vote_flags(parser):
     add("--graph-k", type=int, default=10, help="expansion, propagation: neighbours (default 10)")
     add("--alpha", type=float, default=3.0, help="expansion, propagation: exponent of the similarity (default 3)")
     add("--damping", type=float, default=0.9, help="propagation: share that comes from neighbours, 0..1 (default 0.9)")
+    add("--centre", choices=["own", "joint"], default="own", help="centring: queries and gallery each lose their own mean, or "
+        "that of both together (default own)")
     add("--temperature", type=float, default=0.05, help="recentring: of the softmax over cosines (default 0.05)")
     add("--screen", choices=["auto", *SCREENS], default="auto", help="precision of the search's first look; the result is the "
         "same (default auto: the fastest here)")
@@ -124,7 +126,9 @@ def label(queries, gallery, labels, classes, heads, args, wanted, device, scratc
     if "recentring" in wanted:
         result["recentring"] = votes.recentring(queries, gallery, labels, classes, args.temperature).argmax(1).numpy()
     if "centring" in wanted:
-        result["centring"] = nearest_of(*(votes.centred(x, changed(name, x)) for name, x in [("q", queries), ("g", gallery)]))
+        both = votes.mean_row(queries, gallery) if args.centre == "joint" else None
+        result["centring"] = nearest_of(*(votes.centred(x, votes.mean_row(x) if both is None else both, changed(name, x))
+                                          for name, x in [("q", queries), ("g", gallery)]))
     if "expansion" in wanted:
         near = search(queries, gallery, args.graph_k), search(gallery, gallery, args.graph_k, np.arange(len(gallery)))
         result["expansion"] = nearest_of(*(votes.expanded(x, gallery, *found, changed(name, x), args.alpha)

@@ -17,7 +17,7 @@ INDUCTIVE = {
     "expansion": "nearest after query expansion and database augmentation by the k nearest",
 }
 TRANSDUCTIVE = {
-    "centring": "nearest after queries and gallery each lost their own mean",
+    "centring": "nearest after queries and gallery lost their means, see --centre",
     "propagation": "labels propagated over the graph of the k nearest of queries and gallery together",
     "recentring": "the nearest class mean, class means estimated anew on the queries",
 }
@@ -111,11 +111,16 @@ def recentring(queries, gallery, labels, classes, temperature=0.05, rounds=10):
     return torch.cat([rows_of(queries, part) @ centres.T for part in blocks(len(queries))])
 
 
-def centred(vectors, out):
-    """Write the rows minus their mean to `out` [n, D] and return it."""
-    mean = torch.stack([rows_of(vectors, part).double().sum(0) for part in blocks(len(vectors))]).sum(0) / max(len(vectors), 1)
+def mean_row(*sets):
+    """Mean of all rows of the sets together, float32 [D]."""
+    sums = [rows_of(vectors, part).double().sum(0) for vectors in sets for part in blocks(len(vectors))]
+    return (torch.stack(sums).sum(0) / sum(map(len, sets))).float()
+
+
+def centred(vectors, mean, out):
+    """Write the rows minus `mean` [D] to `out` [n, D] and return it."""
     for part in blocks(len(vectors)):
-        out[part] = (rows_of(vectors, part) - mean.float()).numpy()
+        out[part] = (rows_of(vectors, part) - mean).numpy()
     return out
 
 

@@ -248,7 +248,9 @@ def test_recentring_by_hand():
 
 
 def test_centring_and_expansion_by_hand():
-    assert votes.centred(UNIT, np.empty_like(UNIT)).tolist() == [pytest.approx(row) for row in UNIT - UNIT.mean(0)]
+    mean = votes.mean_row(UNIT, QUERY)
+    assert mean.tolist() == pytest.approx([0.6, 0.6])
+    assert votes.centred(UNIT, mean, np.empty_like(UNIT)).tolist() == [pytest.approx(row) for row in UNIT - 0.6]
     near, which = np.array([[0.96, 0.8]], np.float32), np.array([[1, 0]])
     got = votes.expanded(QUERY, UNIT, near, which, np.empty_like(QUERY), alpha=2.0)
     assert got[0].tolist() == pytest.approx(QUERY[0] + 0.96**2 * UNIT[1] + 0.8**2 * UNIT[0])
