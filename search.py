@@ -258,7 +258,7 @@ def search_block(query, gallery, best, own, limit):
 
 
 def pick_screen(name, device, work):
-    """'auto': what the device multiplies fastest; float32 for less than a few seconds of `work` (products of numbers)."""
+    """'auto': what the device multiplies fastest; float32 where `work` (products of numbers) is too little to matter."""
     if name != "auto":
         return name
     if device.type == "cuda":
