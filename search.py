@@ -195,7 +195,8 @@ def products(codes, gallery, mask, group):
 
 def candidates(query, gallery, k, worst, mask, limit):
     """Pairs (i, j), ascending, among which are the k nearest gallery rows of each query [q, D], as far as they are nearer
-    than `worst` [q], the k-th found before. Third, the queries with more than `limit` pairs: they get none."""
+    than `worst` [q], the k-th found before. Third, the queries with more than `limit` pairs: they get none. None when the
+    pairs of all queries would take too much memory: ask for fewer queries at a time."""
     scale = (query.abs().amax(1, keepdim=True) / 127).clamp(min=1e-30) if gallery.screen == "int8" else query.new_ones(1, 1)
     code, rest = encode_rows(query, gallery.screen, scale)
     unit = scale[:, 0].double() * gallery.scale  # of the products, in cosine
@@ -212,6 +213,8 @@ def candidates(query, gallery, k, worst, mask, limit):
     hit = best >= least[:, None, None]
     over = hit.sum((1, 2)) > limit
     hit[over] = False
+    if len(query) > 1 and hit.sum() * group > PAIRS // 2:
+        return None
     i, t, g = hit.nonzero().T
     if group > 1:
         column = g[:, None] * group + torch.arange(group, device=g.device)
@@ -240,7 +243,12 @@ def search_block(query, gallery, best, own, limit):
     mask = ((own >= gallery.begin) & (own < gallery.begin + gallery.size)).nonzero()[:, 0]
     mask = mask, own[mask] - gallery.begin
     k = best[0].shape[1]
-    i, j, over = candidates(query, gallery, k, best[0][:, -1], mask, limit)
+    found = candidates(query, gallery, k, best[0][:, -1], mask, limit)
+    if found is None:
+        halves = [search_block(query[half], gallery, (best[0][half], best[1][half]), own[half], limit)[1]
+                  for half in (slice(len(query) // 2), slice(len(query) // 2, None))]
+        return best, torch.cat(halves)
+    i, j, over = found
     count = torch.bincount(i, minlength=len(query))
     start = count.cumsum(0) - count
     rows = max(1, PAIRS // max(1, int(count.max())))  # queries at a time, so that PAIRS bounds the memory

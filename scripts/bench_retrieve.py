@@ -19,7 +19,7 @@ import time
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from utils import load_npy, pick_device, run, save_npy
+from utils import load_npy, pick_device, run
 
 import numpy as np
 import torch
@@ -64,13 +64,13 @@ def clustered(folder, args):
     files = []
     for name, count, spread in [("gallery", args.rows, 0.45), ("queries", args.n, 0.6)]:
         label = rng.integers(0, args.classes, count)
-        rows = np.empty((count, args.dim), np.float32)
+        rows = np.lib.format.open_memmap(folder / f"{name}.npy", "w+", np.float32, (count, args.dim))
         for at in range(0, count, 4096):
             part = label[at:at + 4096]
             own = rng.normal(size=(len(part), 100)).astype(np.float32) @ basis
             noise = rng.standard_normal(size=(len(part), args.dim), dtype=np.float32)
             rows[at:at + 4096] = centre[part] + spread * own + 3 * noise
-        save_npy(folder / f"{name}.npy", rows)
+        rows.flush()
         np.save(folder / f"{name}_labels.npy", label)
         files.append(folder / f"{name}.npy")
     return files

@@ -115,9 +115,10 @@ def test_every_screen_is_certified(name, monkeypatch):
     monkeypatch.setattr(search, "TILE", 96)
     monkeypatch.setattr(search, "QUERIES", 16)
     for screen in ("int8", "bf16", "fp32"):
-        for memory in (1.0, 2e-5):  # the second: many parts of the gallery
+        for memory, pairs in ((1.0, search.PAIRS), (2e-5, search.PAIRS), (1.0, 256)):  # many parts; few queries at a time
+            monkeypatch.setattr(search, "PAIRS", pairs)
             again = topk(queries, gallery, k, screen=screen, memory=memory)
-            assert np.array_equal(again[0], similarity) and np.array_equal(again[1], index), (screen, memory)
+            assert np.array_equal(again[0], similarity) and np.array_equal(again[1], index), (screen, memory, pairs)
 
 
 def test_random_rows_send_int8_to_its_fall_back(monkeypatch):
