@@ -5,6 +5,7 @@
     solution.csv            filename,label        optional: the true labels of the test images
 """
 
+import copy
 import os
 import signal
 import warnings
@@ -18,7 +19,9 @@ import numpy as np
 import pandas as pd
 import torch
 from PIL import Image
+from sklearn.cluster import KMeans
 from sklearn.model_selection import StratifiedGroupKFold, StratifiedKFold
+from sklearn.preprocessing import normalize
 from torch.utils.data import DataLoader, Dataset, Sampler
 from torchvision.transforms import v2
 
@@ -90,6 +93,18 @@ def read_solution(folder, filenames):
     return table.loc[list(filenames)].to_numpy()
 
 
+def read_pseudo(path, least, classes):
+    """Rows of a confidence.csv with that much confidence or more: DataFrame filename, number (of the predicted class)."""
+    table = read_csv(path, ["filename", "prediction", "confidence"])
+    inside(table, "filename", path)
+    confidence = pd.to_numeric(table["confidence"], errors="coerce")
+    number = table["prediction"].map({label: i for i, label in enumerate(classes)})
+    if (confidence.isna() | number.isna()).any():
+        row = int((confidence.isna() | number.isna()).to_numpy().argmax())
+        raise InputError(f"{path}, row {row + 2}: no number as confidence, or a label that train.csv lacks; write it anew")
+    return table.assign(number=number.astype(np.int64))[confidence >= least]
+
+
 def train_fingerprint(table):
     return fingerprint(zip(table["path"], table["label"], strict=True))
 
@@ -129,32 +144,62 @@ def make_folds(labels, groups=None, folds=5, seed=9999):
     return fold
 
 
-def write_folds(path, train, folds, seed):
+def make_look_folds(features, labels, folds=5, seed=9999):
+    """Fold number of each row [N] int64: k-means splits the features [N, D] of each class into as many looks as folds (as
+    images, where those are fewer), and whole looks are held out. So a held-out image looks different from the training
+    images of its class, as a new photograph does. The largest look of a class goes to the fold that is smallest so far. A
+    class with one look only gets -1: it stays in every fold's training part."""
+    features, labels = normalize(features), np.asarray(labels)
+    fold, size = np.full(len(labels), -1), np.zeros(folds, np.int64)
+    for label in np.unique(labels):
+        rows = np.flatnonzero(labels == label)
+        count = min(folds, len(np.unique(features[rows], axis=0)))
+        if count < 2:
+            continue
+        look = KMeans(count, n_init=4, random_state=seed).fit_predict(features[rows])
+        looks = np.argsort(-np.bincount(look), kind="stable")
+        to = dict(zip(looks, np.argsort(size, kind="stable"), strict=False))
+        fold[rows] = [to[number] for number in look]
+        size += np.bincount(fold[rows], minlength=folds)
+    if (size == 0).any():
+        raise InputError(f"{folds} folds need classes of {folds} or more different images; use fewer --n-folds")
+    return fold
+
+
+def write_folds(path, train, folds, seed, by, features):
     """Draw the folds once; says which classes are too small for them."""
     sizes = train["label"].value_counts()
     small = sizes.index[sizes < folds]
     if len(small):
         print(f"{len(small)} classes have fewer images than the {folds} folds, e.g. {small[0]!r}: fine, but their "
               "validation is thin; single images stay in every fold's training part")
-    fold = make_folds(train["label"], train.get("group"), folds, seed)
+    if by == "group" and "group" not in train.columns:
+        raise InputError("--fold-by group: train.csv has no column 'group'; add it, or take random or look")
+    if by == "look":
+        fold = make_look_folds(features(), train["label"], folds, seed)
+    else:
+        fold = make_folds(train["label"], train["group"] if by == "group" else None, folds, seed)
     with atomic(path) as temporary:
-        train[["path", "label"]].assign(fold=fold).to_csv(temporary, index=False)
+        train[["path", "label"]].assign(fold=fold, by=by).to_csv(temporary, index=False)
 
 
-def load_folds(output, train, folds=None, seed=9999):
+def load_folds(output, train, folds=None, seed=9999, by=None, features=None):
     """Fold number of each row of train.csv, from output/folds.csv. With `folds`, their number is checked, and the file
-    is written where there is none yet: the first run does so."""
+    is written where there is none yet: the first run does so. by: 'random', 'group', 'look', or None: by group where
+    train.csv has them, else at random. features: function that gives the features [N, D] that tell looks apart."""
     path = Path(output) / "folds.csv"
     if folds and not path.exists():
         with lock(output, wait=True):  # runs may start side by side
             if not path.exists():
-                write_folds(path, train, folds, seed)
+                write_folds(path, train, folds, seed, by or ("group" if "group" in train.columns else "random"), features)
     table = read_csv(path, ["path", "label", "fold"])
     if train_fingerprint(table) != train_fingerprint(train):
         raise InputError(f"{path} was written for another train.csv; use another --output, or delete it with its runs")
     fold = pd.to_numeric(table["fold"], errors="coerce").to_numpy()
     if not (np.isin(fold, np.arange(-1, len(fold))).all() and set(np.unique(fold)) >= set(range(int(fold.max()) + 1))):
         raise InputError(f"{path}: the column fold is damaged; delete the file and run train.py again")
+    if by and "by" in table.columns and table["by"][0] != by:
+        raise InputError(f"{path} was drawn with --fold-by {table['by'][0]}, not {by}; give the same, or another --output")
     if folds and fold.max() != folds - 1:
         raise InputError(f"{path} holds {int(fold.max()) + 1} folds, not {folds}; give --n-folds {int(fold.max()) + 1}, or "
                          "choose another --output")
@@ -227,18 +272,65 @@ def check_test(folder, full=False):
         read_solution(folder, test["filename"])
 
 
-def augmentation(flip=0.5, jpeg=99, shift=0.2, scale=0.2, rotation=10, affine_p=0.7, cutout=0.4, cutout_p=0.5):
-    """The recipe's four for uint8 [3, H, W]; a zero switches its part off. Units: see train.py --help."""
-    steps = [v2.RandomHorizontalFlip(flip)]
-    if jpeg:
-        steps.append(v2.JPEG((jpeg, 100)))
-    if affine_p:
-        affine = v2.RandomAffine(rotation, (shift, shift), (1 - scale, 1 + scale),
+def augmentation_flags(parser):
+    """The flags of the augmentation; the recipe's six are on, those against shift are off."""
+    add = parser.add_argument
+    add("--flip", type=float, default=0.5, help="probability of a horizontal flip (default 0.5)")
+    add("--jpeg", type=int, default=99, help="lowest JPEG quality, up to 100; 0 = off (default 99)")
+    add("--shift", type=float, default=0.2, help="largest shift, share of the side (default 0.2)")
+    add("--zoom", type=float, default=0.2, help="scale by 1 - zoom .. 1 + zoom (default 0.2)")
+    add("--rotate", type=float, default=10.0, help="largest rotation, degrees (default 10)")
+    add("--affine-p", type=float, default=0.7, help="probability of shift, zoom and rotation together (default 0.7)")
+    add("--cutout", type=float, default=0.4, help="side of the black square, share of the image's (default 0.4)")
+    add("--cutout-p", type=float, default=0.5, help="probability of the black square (default 0.5)")
+    add("--crop", type=float, default=0.0, help="crop a part of at least this share of the area, stretched by up to 4:3; "
+        "0 = off (default 0)")
+    add("--colour", type=float, default=0.0, help="largest change of brightness, contrast and saturation, a tenth of it for "
+        "the hue (default 0)")
+    add("--grey", type=float, default=0.0, help="probability of a grey image (default 0)")
+    add("--blur", type=float, default=0.0, help="probability of a Gaussian blur of up to 2 %% of the side (default 0)")
+    add("--randaugment", type=int, default=0, help="magnitude 1..30 of two random operations (Cubuk et al., 2020); 0 = off "
+        "(default 0)")
+
+
+def augmentation(args):
+    """uint8 [3, H, W] -> the same, by the flags of augmentation_flags; a zero switches its part off."""
+    steps = [v2.RandomHorizontalFlip(args.flip)]
+    if args.crop:
+        steps.append(v2.RandomResizedCrop(args.size, (args.crop, 1), antialias=True))
+    if args.randaugment:
+        steps.append(v2.RandAugment(2, args.randaugment))
+    if args.colour:
+        steps.append(v2.ColorJitter(args.colour, args.colour, args.colour, min(0.5, args.colour / 10)))
+    if args.grey:
+        steps.append(v2.RandomGrayscale(args.grey))
+    if args.blur:
+        widest = args.size / 50
+        steps.append(v2.RandomApply([v2.GaussianBlur(2 * round(2 * widest) + 1, (widest / 10, widest))], args.blur))
+    if args.jpeg:
+        steps.append(v2.JPEG((args.jpeg, 100)))
+    if args.affine_p:
+        affine = v2.RandomAffine(args.rotate, (args.shift, args.shift), (1 - args.zoom, 1 + args.zoom),
                                  interpolation=v2.InterpolationMode.BILINEAR, fill=0)
-        steps.append(v2.RandomApply([affine], affine_p))
-    if cutout and cutout_p:
-        steps.append(v2.RandomErasing(cutout_p, (cutout**2, cutout**2), (1, 1), value=0))
+        steps.append(v2.RandomApply([affine], args.affine_p))
+    if args.cutout and args.cutout_p:
+        steps.append(v2.RandomErasing(args.cutout_p, (args.cutout**2, args.cutout**2), (1, 1), value=0))
     return v2.Compose(steps)
+
+
+def mix(batch, labels, mixup, cutmix):
+    """Mix a batch [B, 3, H, W] with itself in another order. Returns (batch, the labels of the other order, share of an
+    image's own label). Sources: mixup, Zhang et al., ICLR 2018; CutMix, Yun et al., ICCV 2019."""
+    order, share = torch.randperm(len(batch)).to(batch.device), np.random.beta(mixup or cutmix, mixup or cutmix)
+    if mixup:
+        return batch.float().lerp(batch[order].float(), 1 - share).round().to(batch.dtype), labels[order], share
+    (height, width), part = batch.shape[2:], (1 - share) ** 0.5
+    y, x = np.random.randint(height), np.random.randint(width)
+    rows = slice(max(0, round(y - part * height / 2)), round(y + part * height / 2))
+    columns = slice(max(0, round(x - part * width / 2)), round(x + part * width / 2))
+    batch[..., rows, columns] = batch[order][..., rows, columns]  # the right side is a copy
+    shown = batch[0, 0, rows, columns].numel() / (height * width)
+    return batch, labels[order], 1 - shown
 
 
 # -------------------------------------------------------------------------------------------------------------- loaders
@@ -254,6 +346,12 @@ class Images(Dataset):
 
     def __len__(self):
         return len(self.names)
+
+    def at(self, size):
+        """The same images at another size."""
+        other = copy.copy(self)
+        other.size = size
+        return other
 
     def __getitem__(self, item):
         epoch, row = item if isinstance(item, tuple) else (0, item)
@@ -292,7 +390,9 @@ def _start_worker(_):
 
 
 def make_loader(images, batch_size, workers, device, sampler=None):
-    """Batches (uint8 [B, 3, H, W], int64 [B]), in order, or in the sampler's order with a last short batch dropped."""
+    """Batches (uint8 [B, 3, H, W], int64 [B]), in order, or in the sampler's order with a last short batch dropped. The loader
+    has a random generator of its own: it draws from it when its workers start, in the first epoch and after a resume."""
     return DataLoader(images, batch_size, sampler=sampler, num_workers=workers, worker_init_fn=_start_worker,
-                      pin_memory=device.type == "cuda", persistent_workers=workers > 0 and sampler is not None,
+                      generator=torch.Generator(), pin_memory=device.type == "cuda",
+                      persistent_workers=workers > 0 and sampler is not None,
                       drop_last=sampler is not None and len(images) > batch_size)

@@ -33,6 +33,7 @@ from utils import (
 import numpy as np
 import pandas as pd
 import torch
+from torch import nn
 
 from dataset import (
     Images,
@@ -45,7 +46,7 @@ from dataset import (
     test_fingerprint,
     train_fingerprint,
 )
-from models import EMBEDDING, Model, Softmax, build, load_weights
+from models import Model, Softmax, build, load_weights
 
 
 def parse_args():
@@ -59,13 +60,17 @@ def parse_args():
     add("--weights", help="a checkpoint that was trained elsewhere, the original solution's for one, becomes the run "
         "--arch/--fold")
     add("--size", type=int, default=256, help="image side in pixels, only with --weights (default 256)")
+    add("--test-size", type=int, nargs="+", help="image sides, embeddings averaged; default: those of the training")
+    add("--gem-p", type=float, help="GeM's p; default: the trained")
+    add("--adapt-bn", action="store_true", help="embed the test images with batch-norm statistics re-estimated on them: an "
+        "embedding then depends on which other test images there are (Li et al., AdaBN, 2016)")
     add("--precision", choices=["auto", "fp32", "bf16", "fp16"], help="default: that of the training")
     add("--batch-size", type=int, default=0, help="images a batch; 0 = 64 on a CPU, 512 on a GPU, halved until it fits")
     add("--workers", type=int, default=default_workers(), help="loader processes (default min(8, cores - 1))")
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1 ... (default auto)")
     args = parser.parse_args()
-    if args.batch_size < 0 or args.size < 1:
-        parser.error("--batch-size must be 0 or more, --size 1 or more")
+    if args.batch_size < 0 or min(args.size, *(args.test_size or [1])) < 1 or (args.gem_p or 1) <= 0:
+        parser.error("--batch-size must be 0 or more, --size and --test-size 1 or more, --gem-p more than 0")
     if args.weights and not (args.arch and args.fold):
         parser.error("--weights needs --arch and --fold, which name the run that it becomes")
     return args
@@ -104,14 +109,26 @@ def finished_runs(output, arch=None, fold=None):
     return runs
 
 
-@torch.inference_mode()
-def embed(model, images, device, precision="fp32", batch_size=64, workers=0, what="embedding"):
-    """Flip-averaged embeddings of a dataset.Images in its order: float32 [N, 512], not normalised.
-    The model runs in eval mode and is left as it was. A batch that does not fit the GPU is halved, from there on."""
+def embed(model, images, device, precision="fp32", batch_size=64, workers=0, what="embedding", sizes=None,
+          output=Model.forward):
+    """Flip-averaged embeddings of a dataset.Images in its order: float32 [N, 512], not normalised, averaged over the image
+    `sizes` (default: that of `images`). The model runs in eval mode and is left as it was. `output`: what of the model."""
     training = model.training
     model.eval()
-    result = np.empty((len(images), EMBEDDING), np.float32)
-    done = 0
+    passes = [embed_pass(model, images.at(size), device, precision, batch_size, workers, what, output)
+              for size in sizes or [images.size]]
+    model.train(training)
+    result = np.mean(passes, 0) if len(passes) > 1 else passes[0]
+    if len(bad := np.flatnonzero(~np.isfinite(result).all(1))):
+        raise InputError(f"{images.folder / images.names[bad[0]]} gives a NaN or infinite embedding ({len(bad)} of "
+                         f"{len(images)} images do); try --precision fp32")
+    return result
+
+
+@torch.inference_mode()
+def embed_pass(model, images, device, precision, batch_size, workers, what, output):
+    """embed at one size. A batch that does not fit the GPU is halved, from there on."""
+    result, done = None, 0
     with progress(None, what, len(images)) as bar:
         for batch, _ in make_loader(images, batch_size, workers, device):
             batch = batch.to(device, non_blocking=True)
@@ -120,23 +137,36 @@ def embed(model, images, device, precision="fp32", batch_size=64, workers=0, wha
                 part = batch[at:at + batch_size]
                 try:
                     with autocast(device, precision):
-                        both = model(torch.cat([part, part.flip(-1)]))
-                    result[done:done + len(part)] = ((both[:len(part)] + both[len(part):]) / 2).cpu().numpy()
+                        both = output(model, torch.cat([part, part.flip(-1)]))
                 except torch.cuda.OutOfMemoryError:
                     if batch_size == 1:
                         raise
                     batch_size //= 2
                     torch.cuda.empty_cache()
                     continue
+                if result is None:
+                    result = np.empty((len(images), both.shape[1]), np.float32)
+                result[done:done + len(part)] = ((both[:len(part)] + both[len(part):]) / 2).cpu().numpy()
                 at += len(part)
                 done += len(part)
                 bar.update(len(part))
     assert done == len(images)
-    model.train(training)
-    if len(bad := np.flatnonzero(~np.isfinite(result).all(1))):
-        raise InputError(f"{images.folder / images.names[bad[0]]} gives a NaN or infinite embedding ({len(bad)} of "
-                         f"{len(images)} images do); try --precision fp32")
     return result
+
+
+@torch.inference_mode()
+def adapt_bn(model, images, device, precision="fp32", batch_size=64, workers=0):
+    """Replace the statistics of the model's batch norms by those of `images`, their mean over one pass."""
+    norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+    for norm in norms:
+        norm.reset_running_stats()
+        norm.momentum = None  # None: the plain mean over all batches
+        norm.train()
+    for batch, _ in make_loader(images, batch_size, workers, device):
+        if len(batch) > 1:
+            with autocast(device, precision):
+                model(batch.to(device))
+    model.eval()
 
 
 # ------------------------------------------------------------------------------------------------------------- the work
@@ -170,7 +200,8 @@ def extract(folder, args, train, test, device):
     recorded = load_json(folder / "args.json")
     stamp = {"train": train_fingerprint(train), "test": None if test is None else test_fingerprint(test),
              "checkpoint": file_fingerprint(folder / "best.pt"), "fold": recorded["fold"],
-             "precision": pick_precision(args.precision or recorded["precision"], device)}
+             "precision": pick_precision(args.precision or recorded["precision"], device), "adapt_bn": args.adapt_bn,
+             "sizes": args.test_size or recorded.get("test_size") or [recorded["size"]], "gem_p": args.gem_p}
     names = ["train.npy", "test.npy", "head.npy"] if test is not None else ["train.npy", "head.npy"]
     stamp_file = folder / "extract.json"
     whole = all((folder / name).exists() for name in [*names, stamp_file.name])
@@ -182,8 +213,11 @@ def extract(folder, args, train, test, device):
     if checkpoint["classes"] != classes:
         raise InputError(f"{folder} was trained on other classes than {args.input}/train.csv; train it again")
     model, stored = build(checkpoint).to(device), checkpoint["args"]
+    if args.gem_p:
+        model.pool.p.data.fill_(args.gem_p)
     head = "softmax" if isinstance(model.head, Softmax) else "arcface" if checkpoint["head_fits"] else None
-    stamp |= {"size": stored["size"], "resize": stored["resize"], "classes": len(classes), "head": head}
+    stamp |= {"resize": stored["resize"], "classes": len(classes), "head": head,
+              "centres": getattr(model.head, "centres", 1)}
     stamp_file.unlink(missing_ok=True)  # from here to the end the embeddings on disk are no matching set
     batch_size = args.batch_size or (512 if device.type == "cuda" else 64)
     rows = {"train": (args.input, train["path"])}
@@ -192,11 +226,15 @@ def extract(folder, args, train, test, device):
     for split, (base, files) in rows.items():
         images = Images(base, files, np.zeros(len(files), np.int64), stored["size"], stored["resize"])
         name = f"{folder.parent.name}/{folder.name} {split}"
-        save_npy(folder / f"{split}.npy", embed(model, images, device, stamp["precision"], batch_size, args.workers, name))
+        if split == "test" and args.adapt_bn:
+            adapt_bn(model, images.at(stamp["sizes"][0]), device, stamp["precision"], batch_size, args.workers)
+        save_npy(folder / f"{split}.npy", embed(model, images, device, stamp["precision"], batch_size, args.workers, name,
+                                                stamp["sizes"]))
     save_npy(folder / "head.npy", model.head.weight.detach().float().cpu().numpy())
     save_json(stamp_file, stamp)
     seconds, count = time.time() - start, sum(len(files) for _, files in rows.values())
-    print(f"{folder}: {count} images in {duration(seconds)}, {count / seconds:.0f} images/s at {stored['size']} px, "
+    print(f"{folder}: {count} images in {duration(seconds)}, {count / seconds:.0f} images/s at "
+          f"{' + '.join(map(str, stamp['sizes']))} px, "
           f"{stamp['precision']}, peak memory {peak_memory(device):.1f} GiB")
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from utils import InputError, load_checkpoint
 
+import numpy as np
 import timm
 import torch
 import torch.nn.functional as F
@@ -50,23 +51,26 @@ def add_margin(cosine, margin):
 
 
 class ArcFace(nn.Module):
-    """Logits s * cos(embedding, class centre) [B, C], float32; with labels [B], the true class has the margin."""
+    """Logits s * cos(embedding, class centre) [B, C], float32; with labels [B], the true class has the margin. With `centres`
+    a class, the nearest counts: rows c * centres .. of the weight are those of class c.
+    Source: sub-centres, Deng et al., Sub-center ArcFace, ECCV 2020, section 3.2."""
 
-    def __init__(self, features, classes, scale=45.0, margin=0.4):
+    def __init__(self, features, classes, scale=45.0, margin=0.4, centres=1):
         super().__init__()
-        self.weight = nn.Parameter(nn.init.xavier_uniform_(torch.empty(classes, features)))
-        self.scale, self.margin = scale, margin
+        self.weight = nn.Parameter(nn.init.xavier_uniform_(torch.empty(classes * centres, features)))
+        self.scale, self.margin, self.centres = scale, margin, centres
 
     def forward(self, x, labels=None):
         with torch.autocast(x.device.type, enabled=False):
             cosine = F.linear(F.normalize(x.float()), F.normalize(self.weight.float())).clamp(-1, 1)
+            cosine = cosine.unflatten(1, (-1, self.centres)).amax(2)
             if labels is not None:
                 target = cosine.gather(1, labels[:, None])
                 cosine = cosine.scatter(1, labels[:, None], add_margin(target, self.margin))
             return self.scale * cosine
 
     def extra_repr(self):
-        return f"classes={len(self.weight)}, scale={self.scale}, margin={self.margin}"
+        return f"classes={len(self.weight) // self.centres}, centres={self.centres}, scale={self.scale}, margin={self.margin}"
 
 
 class Softmax(nn.Linear):
@@ -80,11 +84,23 @@ class Softmax(nn.Linear):
             return super().forward(x.float())
 
 
+def class_weights(labels, classes):
+    """1 / log1p(count) of each class, scaled to mean 1 [classes]; a class without images counts as one of one image."""
+    counts = np.bincount(labels, minlength=classes).clip(1)
+    weights = 1 / np.log1p(counts)
+    return torch.tensor(weights / weights.mean(), dtype=torch.float32)
+
+
+def loss_sum(logits, labels, weights, smoothing=0.0):
+    """Class-weighted cross-entropy, summed. Divide by weights[labels].sum() of the whole batch for the mean."""
+    return F.cross_entropy(logits.float(), labels, weights, reduction="sum", label_smoothing=smoothing)
+
+
 class Model(nn.Module):
     """uint8 images [B, 3, S, S] -> embeddings [B, 512] float32; `head(embeddings[, labels])` -> logits [B, C].
     The normalisation is part of the model, so a checkpoint carries the backbone's own mean and std."""
 
-    def __init__(self, arch, classes, head="arcface", scale=45.0, margin=0.4):
+    def __init__(self, arch, classes, head="arcface", scale=45.0, margin=0.4, centres=1):
         super().__init__()
         self.backbone = make_backbone(arch)
         config = self.backbone.pretrained_cfg
@@ -93,15 +109,19 @@ class Model(nn.Module):
         self.pool = GeM()
         features = self.backbone.num_features
         self.neck = nn.Sequential(nn.Linear(features, EMBEDDING), nn.BatchNorm1d(EMBEDDING), nn.PReLU())
-        self.head = ArcFace(EMBEDDING, classes, scale, margin) if head == "arcface" else Softmax(EMBEDDING, classes)
+        self.head = ArcFace(EMBEDDING, classes, scale, margin, centres) if head == "arcface" else Softmax(EMBEDDING, classes)
 
-    def forward(self, images):
+    def features(self, images):
+        """uint8 images -> pooled feature map [B, num_features] float32: what the backbone knows without training."""
         x = (images.float() / 255 - self.mean) / self.std
         x = self.backbone.forward_features(x.contiguous(memory_format=torch.channels_last))
         if x.ndim != 4 or x.shape[1] != self.neck[0].in_features:
             raise InputError(f"{type(self.backbone).__name__} gives {tuple(x.shape)}, not [B, {self.neck[0].in_features}, "
                              "h, w]; take a convolutional --arch")
-        return self.neck(self.pool(x)).float()
+        return self.pool(x).float()
+
+    def forward(self, images):
+        return self.neck(self.features(images)).float()
 
 
 def make_backbone(arch):
@@ -209,6 +229,7 @@ def load_file(model, path):
 def build(checkpoint):
     """Rebuild a trained model from best.pt's content, in eval mode; needs no flags."""
     args = checkpoint["args"]
-    model = Model(args["arch"], len(checkpoint["classes"]), args["head"], args["scale"], args["margin"])
+    model = Model(args["arch"], len(checkpoint["classes"]), args["head"], args["scale"], args["margin"],
+                  args.get("sub_centres", 1))
     model.load_state_dict(checkpoint["model"])
     return model.eval().to(memory_format=torch.channels_last)

@@ -90,11 +90,13 @@ def check_vote_flags(parser, args):
 # -------------------------------------------------------------------------------------------------------------- labels
 
 
-def head_scores(embeddings, head, kind):
-    """What the classifier head says of embeddings [n, 512]: cosines (ArcFace), probabilities (softmax), float32 [n, C]."""
+def head_scores(embeddings, head, kind, centres=1):
+    """What the classifier head says of embeddings [n, 512]: cosines (ArcFace), probabilities (softmax), float32 [n, C].
+    head [C, 512]; with sub-centres [C * centres, 512], the nearest of a class counts."""
     if kind == "softmax":
         return (torch.from_numpy(np.array(embeddings)) @ torch.from_numpy(np.array(head)).T).softmax(1)
-    return normalise(torch.from_numpy(np.array(embeddings))) @ normalise(torch.from_numpy(np.array(head))).T
+    cosine = normalise(torch.from_numpy(np.array(embeddings))) @ normalise(torch.from_numpy(np.array(head))).T
+    return cosine.unflatten(1, (-1, centres)).amax(2)
 
 
 def label(queries, gallery, labels, classes, heads, args, wanted, device, scratch, store=None):
@@ -169,9 +171,10 @@ def load_runs(output, names, train, test):
                 raise InputError(f"{folder} was extracted from another {what} (other rows or order); run extract.py again")
         if stamp["checkpoint"] != file_fingerprint(folder / "best.pt"):
             raise InputError(f"{folder}: best.pt is not the checkpoint that its embeddings come from; run extract.py again")
-        head = load_npy(folder / "head.npy", (stamp["classes"], None))
+        centres = stamp.get("centres", 1)
+        head = load_npy(folder / "head.npy", (stamp["classes"] * centres, None))
         runs.append({"name": f"{folder.parent.name}/{folder.name}", "arch": folder.parent.name,
-                     "fold": stamp["fold"], "stamp": stamp, "kind": stamp["head"], "head": head,
+                     "fold": stamp["fold"], "stamp": stamp, "kind": stamp["head"], "head": head, "centres": centres,
                      "train": load_npy(folder / "train.npy", (len(train), None)),
                      "test": None if test is None else load_npy(folder / "test.npy", (len(test), None))})
     return runs
@@ -182,7 +185,8 @@ def mean_heads(runs, split, rows=None):
     if any(r["kind"] is None for r in runs):
         return None
     pick = (lambda part: part) if rows is None else (lambda part: rows[part])
-    return lambda part: torch.stack([head_scores(r[split][pick(part)], r["head"], r["kind"]) for r in runs]).mean(0)
+    return lambda part: torch.stack([head_scores(r[split][pick(part)], r["head"], r["kind"], r["centres"])
+                                     for r in runs]).mean(0)
 
 
 def label_test(runs, labels, classes, args, wanted, device, store=None):

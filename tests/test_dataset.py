@@ -1,5 +1,7 @@
 """CSV checks, folds, image reading and augmentation."""
 
+import argparse
+
 from utils import InputError
 
 import cv2
@@ -15,11 +17,15 @@ from dataset import (
     EpochSampler,
     Images,
     augmentation,
+    augmentation_flags,
     check_images,
     encode,
     load_folds,
     make_folds,
+    make_look_folds,
+    mix,
     read_image,
+    read_pseudo,
     read_solution,
     read_test,
     read_train,
@@ -96,6 +102,54 @@ def test_groups_stay_whole():
     assert all(len(set(fold[groups == g])) == 1 for g in range(20)) and set(fold[groups == 8]) == {-1}
 
 
+def test_look_folds_hold_out_whole_looks():
+    """Three looks of 5, 4 and 3 images a class, far apart: no look is split, all folds of a class differ."""
+    rng = np.random.default_rng(0)
+    look = np.tile(np.repeat([0, 1, 2], [5, 4, 3]), 4)
+    labels = np.repeat(["a", "b", "c", "d"], 12)
+    features = np.eye(3)[look] + 0.01 * rng.normal(size=(48, 3))
+    fold = make_look_folds(features, labels, 3)
+    for label in "abcd":
+        mine = labels == label
+        assert len({(a, b) for a, b in zip(look[mine], fold[mine], strict=True)}) == 3 == len(set(fold[mine]))
+    assert np.bincount(fold).max() - np.bincount(fold).min() <= 2, "folds of about one size"
+    alone = make_look_folds(np.append(features, [[1, 0, 0]], 0), [*labels, "single"], 3)
+    assert alone[-1] == -1 and np.array_equal(alone[:-1], fold)
+    same = make_look_folds(np.append(features, np.ones((2, 3)), 0), [*labels, "twin", "twin"], 3)
+    assert (same[-2:] == -1).all(), "equal images are one look"
+
+
+def test_folds_by_look_are_drawn_from_features_and_guarded(data, tmp_path):
+    train = read_train(data)
+    features = np.random.default_rng(1).normal(size=(24, 5))
+    fold = load_folds(tmp_path, train, 3, by="look", features=lambda: features)
+    assert np.array_equal(fold, make_look_folds(features, train["label"], 3))
+    assert np.array_equal(load_folds(tmp_path, train, 3), fold)
+    with pytest.raises(InputError, match="--fold-by look, not random"):
+        load_folds(tmp_path, train, 3, by="random")
+    with pytest.raises(InputError, match="no column 'group'"):
+        load_folds(tmp_path / "other", train, 3, by="group")
+
+
+def test_mix_keeps_the_shares_it_says():
+    np.random.seed(0)
+    torch.manual_seed(0)
+    batch, labels = torch.arange(4, dtype=torch.uint8)[:, None, None, None].expand(4, 3, 20, 30) * 60, torch.arange(4)
+    for mixup, cutmix in ((0.5, 0), (0, 1.0)):
+        mixed, others, share = mix(batch.clone(), labels, mixup, cutmix)
+        expected = share * labels * 60 + (1 - share) * others * 60
+        assert 0 <= share <= 1 and mixed.dtype == torch.uint8
+        assert torch.allclose(mixed.float().mean((1, 2, 3)), expected.float(), atol=0.5)
+
+
+def test_pseudo_labels_are_the_confident_ones(tmp_path):
+    file = tmp_path / "confidence.csv"
+    file.write_text("filename,prediction,confidence\na.jpg,x,0.95\nb.jpg,y,0.5\nc.jpg,y,0.9\n")
+    assert read_pseudo(file, 0.9, ["x", "y"])[["filename", "number"]].values.tolist() == [["a.jpg", 0], ["c.jpg", 1]]
+    with pytest.raises(InputError, match="row 3"):
+        read_pseudo(file, 0.9, ["x"])
+
+
 def test_folds_csv_is_written_once_and_guarded(data, tmp_path, capsys):
     train = read_train(data)
     fold = load_folds(tmp_path, train, 5)
@@ -105,7 +159,7 @@ def test_folds_csv_is_written_once_and_guarded(data, tmp_path, capsys):
         load_folds(tmp_path, train, 4)
     with pytest.raises(InputError, match=r"another train\.csv"):
         load_folds(tmp_path, train.iloc[::-1].reset_index(drop=True), 5)
-    (tmp_path / "folds.csv").write_bytes(before.replace(b",0\n", b",x\n", 1))
+    (tmp_path / "folds.csv").write_bytes(before.replace(b",0,", b",x,", 1))
     with pytest.raises(InputError, match="damaged"):
         load_folds(tmp_path, train, 5)
 
@@ -175,21 +229,34 @@ def test_a_bad_body_is_found_by_the_full_check_only(photo, tmp_path):
         check_images(tmp_path, ["cut.png"], full=True)
 
 
+def augment(*flags):
+    """augmentation() at 50 px by flags."""
+    parser = argparse.ArgumentParser()
+    augmentation_flags(parser)
+    args = parser.parse_args([str(flag) for flag in flags])
+    args.size = 50
+    return augmentation(args)
+
+
 def test_augmentation_parts_and_their_switches():
     image = torch.full((3, 50, 50), 200, dtype=torch.uint8)
     image[:, :, :25] = 100
-    off = augmentation(flip=0, jpeg=0, affine_p=0, cutout_p=0)
-    assert torch.equal(off(image), image)
-    assert torch.equal(augmentation(flip=1, jpeg=0, affine_p=0, cutout_p=0)(image), image.flip(-1))
-    cut = augmentation(flip=0, jpeg=0, affine_p=0, cutout=0.4, cutout_p=1)(image)
+    off = ["--flip", "0", "--jpeg", "0", "--affine-p", "0", "--cutout-p", "0"]
+    assert torch.equal(augment(*off)(image), image)
+    assert torch.equal(augment(*off, "--flip", "1")(image), image.flip(-1))
+    cut = augment(*off, "--cutout", "0.4", "--cutout-p", "1")(image)
     assert (cut == 0).all(0).sum() == 20 * 20
-    moved = augmentation(flip=0, jpeg=0, affine_p=1, cutout_p=0)(image)
-    assert moved.shape == image.shape and moved.dtype == torch.uint8 and not torch.equal(moved, image)
+    for part in (["--affine-p", "1"], ["--crop", "0.3"], ["--colour", "0.4"], ["--grey", "1"], ["--blur", "1"],
+                 ["--randaugment", "20"]):
+        torch.manual_seed(0)
+        image = torch.randint(0, 256, (3, 50, 50), dtype=torch.uint8)
+        moved = augment(*off, *part)(image)
+        assert moved.shape == image.shape and moved.dtype == torch.uint8 and not torch.equal(moved, image), part
 
 
 def test_items_do_not_depend_on_the_workers(data):
     train = read_train(data)
-    images = Images(data, train["path"], encode(train["label"])[1], 32, augment=augmentation(), seed=3)
+    images = Images(data, train["path"], encode(train["label"])[1], 32, augment=augment(), seed=3)
     sampler = EpochSampler(len(images), 3)
     sampler.epoch = 2
     passes = [list(DataLoader(images, 5, sampler=sampler, num_workers=w)) for w in (0, 2)]

@@ -50,10 +50,13 @@ def test_a_run_leaves_what_the_contract_says(output):
         assert array.shape == (rows, 512) and array.dtype == np.float32
 
 
-def test_killed_and_started_again_ends_bit_identical(data, output, tmp_path):
-    """SIGKILL after the first epoch's checkpoint, twice over: same weights as the run that nobody disturbed."""
+def test_killed_and_started_again_ends_bit_identical(data, tmp_path):
+    """SIGKILL after the first epoch's checkpoint, twice over: same weights as the run that nobody disturbed. With all that has
+    a state or draws random numbers."""
+    flags = ["--head-first", "1", "--ema", "0.9", "--cutmix", "1", "--fold-by", "look"]
+    train(data, tmp_path / "undisturbed", "test_efficientnet", 0, *flags)
     command = [sys.executable, "train.py", "--arch", "test_efficientnet", "--fold", "0", "--input", str(data), "--output",
-               str(tmp_path), "--epochs", "3", *TINY]
+               str(tmp_path), "--epochs", "3", *TINY, *flags]
     last = tmp_path / "test_efficientnet" / "fold0" / "last.pt"
     for _ in range(2):
         before = last.stat().st_mtime_ns if last.exists() else 0
@@ -62,9 +65,9 @@ def test_killed_and_started_again_ends_bit_identical(data, output, tmp_path):
             time.sleep(0.005)
         os.killpg(process.pid, signal.SIGKILL)
         process.wait()
-    done = train(data, tmp_path)
+    done = train(data, tmp_path, "test_efficientnet", 0, *flags)
     assert "resuming after epoch" in done.stdout or "finished already" in done.stdout
-    undisturbed = output / "test_efficientnet" / "fold0"
+    undisturbed = tmp_path / "undisturbed" / "test_efficientnet" / "fold0"
     assert same(weights(last.parent), weights(undisturbed))
     assert (last.parent / "best.pt").read_bytes() == (undisturbed / "best.pt").read_bytes()
 
@@ -113,11 +116,69 @@ def test_a_loss_that_is_not_finite_stops_and_keeps_the_checkpoint(data, tmp_path
 
 
 @pytest.mark.parametrize("flags", [("--head", "softmax"), ("--grad-accum", "2", "--clip", "norm:1"), ("--precision", "bf16"),
-                                   ("--no-class-weights", "--resize", "pad", "--eval-every", "2")])
+                                   ("--no-class-weights", "--resize", "pad", "--eval-every", "2"),
+                                   ("--head-first", "1", "--ema", "0.5", "--mixup", "0.4", "--sub-centres", "2", "--gem-p", "2",
+                                    "--no-train-gem", "--test-size", "32", "48", "--fold-by", "look")])
 def test_flags_run(data, tmp_path, flags):
     train(data, tmp_path, "test_nfnet", 2, *flags, "--epochs", "2")
     log = pd.read_csv(tmp_path / "test_nfnet" / "fold2" / "log.csv")
     assert np.isfinite(log["train_loss"]).all() and log["retrieval_acc"].iloc[-1] >= 0
+    if "--sub-centres" in flags:
+        assert log["epoch"].tolist() == [0, 1, 2], "the head's own epoch comes before the first"
+        best = load_checkpoint(tmp_path / "test_nfnet" / "fold2" / "best.pt")["model"]
+        assert best["pool.p"].item() == 2 and not same(best, weights(tmp_path / "test_nfnet" / "fold2")), "the average is kept"
+        script("extract.py", "--input", data, "--output", tmp_path)
+        said = script("retrieve.py", "--input", data, "--output", tmp_path, "--vote", "fusion")
+        assert json.loads(said.stdout)["test"]["head"] >= 0
+
+
+def test_the_head_s_own_epochs_leave_the_backbone_as_it_was(data, tmp_path):
+    from utils import seed_everything
+
+    from models import Model
+
+    flags = ["--head-first", "2", "--epochs", "1", "--head-lr-scale", "1e7", "--lr", "1e-9"]  # the last epoch hardly moves it
+    train(data, tmp_path, "test_nfnet", 0, *flags)
+    state = weights(tmp_path / "test_nfnet" / "fold0")
+    log = pd.read_csv(tmp_path / "test_nfnet" / "fold0" / "log.csv")
+    assert log["epoch"].tolist() == [-1, 0, 1]
+    seed_everything(9999)
+    start = Model("test_nfnet", 4).state_dict()
+    moved = {name for name in start if (state[name] - start[name]).abs().max() > 1e-5}
+    assert not any(name.startswith("backbone") for name in moved) and {"neck.0.weight", "head.weight"} <= moved
+
+
+def test_adapted_batch_norm_and_sizes_at_extraction(data, output, tmp_path):
+    from dataset import Images, read_test
+    from extract import adapt_bn, embed
+    from models import build
+
+    shutil.copytree(output, tmp_path / "o")
+    flags = ["--input", data, "--output", tmp_path / "o", "--arch", "test_efficientnet", "--precision", "fp32"]
+    run = tmp_path / "o" / "test_efficientnet" / "fold0"
+    plain = {name: np.load(run / f"{name}.npy") for name in ("train", "test")}
+    script("extract.py", *flags, "--adapt-bn")
+    assert np.array_equal(np.load(run / "train.npy"), plain["train"]), "the gallery keeps its statistics"
+    assert not np.allclose(np.load(run / "test.npy"), plain["test"], atol=1e-3)
+    model = build(load_checkpoint(run / "best.pt"))
+    images = Images(data / "test", read_test(data)["filename"], [0] * 12, 32)
+    adapt_bn(model, images, torch.device("cpu"))
+    first = next(m for m in model.modules() if isinstance(m, torch.nn.BatchNorm2d))
+    assert first.running_mean.abs().sum() > 0 and not first.training
+    assert np.allclose(embed(model, images, torch.device("cpu")), np.load(run / "test.npy"), atol=1e-4)
+    script("extract.py", *flags, "--test-size", 32, 64)
+    double = embed(build(load_checkpoint(run / "best.pt")), images.at(64), torch.device("cpu"))
+    assert np.allclose(np.load(run / "test.npy"), (plain["test"] + double) / 2, atol=1e-4)
+
+
+def test_confident_test_images_join_a_second_round(data, tmp_path):
+    names = pd.read_csv(data / "solution.csv", dtype=str)
+    names.assign(prediction=names["label"], confidence=np.linspace(0, 1, 12)).to_csv(tmp_path / "c.csv", index=False)
+    said = train(data, tmp_path, "test_nfnet", 0, "--pseudo", str(tmp_path / "c.csv"), "--pseudo-min", "0.5", "--epochs", "1")
+    alone = train(data, tmp_path, "test_nfnet", 1, "--epochs", "1")
+    count = [int(out.stdout.split(" images, ")[0].split()[-1]) for out in (said, alone)]
+    fold = pd.read_csv(tmp_path / "folds.csv")["fold"]
+    assert count == [(fold != 0).sum() + 6, (fold != 1).sum()]
 
 
 def test_train_on_everything(data, tmp_path):

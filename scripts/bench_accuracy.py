@@ -1,0 +1,116 @@
+"""Variants of the recipe side by side on a prepared set: the same images, folds, seeds and number of passes for each.
+
+Each variant is train.py's flags on top of the base; it is judged by the held-out looks, never by the test labels. Two peers on
+the same backbone: the plain softmax classifier, and ArcFace as pytorch-metric-learning has it, with its nearest neighbour.
+Reads  input/<set>/train.csv and its images; runs train.py
+Writes OUT/<variant>/ (the runs) and appends to OUT/accuracy.csv; what is there already is skipped
+
+    python scripts/bench_accuracy.py --input input/grocery --output output/bench_grocery
+    python scripts/bench_accuracy.py --input input/grocery --output output/bench_grocery --variants base ema --folds 0 1 2
+"""
+
+import argparse
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pandas as pd
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from utils import InputError, atomic, run
+
+from extract import run_folder
+
+BASE = ["--lr", "0.003", "--head-lr-scale", "5"]
+VARIANTS = {
+    "base": [],
+    "softmax": ["--head", "softmax", "--lr", "0.02"],
+    "crop": ["--crop", "0.4"],
+    "colour": ["--colour", "0.4"],
+    "crop+colour": ["--crop", "0.4", "--colour", "0.4"],
+    "ema": ["--ema", "0.99"],
+    "head-first": ["--head-first", "1", "--epochs", "-1"],
+    "lr x2": ["--lr", "0.006"],
+    "s30 m0.3": ["--scale", "30", "--margin", "0.3"],
+    "s20 m0.2": ["--scale", "20", "--margin", "0.2", "--lr", "0.006"],
+    "sub-centres": ["--sub-centres", "3"],
+    "randaugment": ["--randaugment", "9"],
+    "blur+grey": ["--blur", "0.2", "--grey", "0.1"],
+    "mixup": ["--mixup", "0.2"],
+    "cutmix": ["--cutmix", "1", "--cutout", "0"],
+    "gem fixed": ["--no-train-gem"],
+    "mean pooling": ["--gem-p", "1", "--no-train-gem"],
+    "larger test": ["--test-size", "+25%"],
+    "two test sizes": ["--test-size", "0%", "+25%"],
+}
+
+
+def parse_args():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
+                                     allow_abbrev=False)
+    add = parser.add_argument
+    add("--input", required=True, help="data folder")
+    add("--output", required=True, help="folder of the results")
+    add("--arch", default="tf_efficientnet_lite0", help="backbone (default tf_efficientnet_lite0)")
+    add("--size", type=int, default=128, help="image side in pixels (default 128)")
+    add("--epochs", type=int, default=4, help="passes of each variant, those of its head alone included (default 4)")
+    add("--fold-by", default="look", choices=["random", "group", "look"], help="what is held out (default look)")
+    add("--folds", nargs="+", type=int, default=[0], help="folds held out, one run each (default 0)")
+    add("--seeds", nargs="+", type=int, default=[9999], help="default 9999")
+    add("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS), metavar="NAME",
+        help=f"default all: {', '.join(VARIANTS)}")
+    return parser.parse_args()
+
+
+def flags_of(variant, args):
+    """train.py's flags of a variant; '-1' epochs and '+25%' sizes are relative to the budget's."""
+    flags, size = [*BASE, "--epochs", str(args.epochs), *VARIANTS[variant]], args.size
+    if flags[-2:] == ["--epochs", "-1"]:
+        flags[-1] = str(args.epochs - 1)
+    return [str(round(size * (1 + int(f[:-1]) / 100) / 32) * 32) if f.endswith("%") else f for f in flags]
+
+
+def train(variant, fold, seed, args):
+    """One run in its own folder, unless it is finished; returns its row."""
+    output = Path(args.output) / f"{variant.replace(' ', '_')}_seed{seed}"
+    folds = Path(args.output) / "folds.csv"
+    if folds.exists() and not (output / "folds.csv").exists():  # the same folds for all variants and seeds
+        with atomic(output / "folds.csv") as temporary:
+            temporary.write_bytes(folds.read_bytes())
+    command = [sys.executable, Path(__file__).resolve().parent.parent / "train.py", "--arch", args.arch, "--fold", fold,
+               "--input", args.input, "--output", output, "--size", args.size, "--fold-by", args.fold_by, "--seed", seed,
+               "--eval-every", "1000", *flags_of(variant, args)]
+    start = time.time()
+    done = subprocess.run(list(map(str, command)), capture_output=True, text=True)
+    if done.returncode:
+        raise InputError(f"{variant}, fold {fold}, seed {seed} failed: {done.stderr.strip().splitlines()[-1]}")
+    if not folds.exists():
+        folds.write_bytes((output / "folds.csv").read_bytes())
+    last = pd.read_csv(run_folder(output, args.arch, fold) / "log.csv").iloc[-1]
+    return {"variant": variant, "arch": args.arch, "size": args.size, "epochs": args.epochs, "fold_by": args.fold_by,
+            "fold": fold, "seed": seed, "head_acc": last["head_acc"], "retrieval_acc": last["retrieval_acc"],
+            "seconds": round(time.time() - start)}
+
+
+def main():
+    args = parse_args()
+    file = Path(args.output) / "accuracy.csv"
+    rows = pd.read_csv(file).to_dict("records") if file.exists() else []
+    keys = ("variant", "arch", "size", "epochs", "fold_by", "fold", "seed")
+    for seed in args.seeds:
+        for fold in args.folds:
+            for variant in args.variants:
+                key = (variant, args.arch, args.size, args.epochs, args.fold_by, fold, seed)
+                if any(tuple(row[k] for k in keys) == key for row in rows):
+                    continue
+                rows.append(train(variant, fold, seed, args))
+                with atomic(file) as temporary:
+                    pd.DataFrame(rows).to_csv(temporary, index=False)
+                print(rows[-1], flush=True)
+    table = pd.DataFrame(rows).groupby("variant", sort=False)[["head_acc", "retrieval_acc", "seconds"]]
+    print(table.agg(["mean", "std", "count"]).round(4).to_string())
+
+
+if __name__ == "__main__":
+    run(main)
