@@ -6,7 +6,8 @@
 #   bash run_all.sh --demo                        makes a demo data set first; minutes on two CPU cores
 #   bash run_all.sh --archs "nfnet_l0" --folds "0 1" --epochs 10 --size 224 --input input/mine --output output/mine
 #
-# --archs and --folds list the runs; --input, --output name the folders; every other flag goes to train.py as it is.
+# --archs and --folds list the runs; --input, --output name the folders; --rounds 2 trains once more, in output/round2, with
+# the confident test images of the first round; every other flag goes to train.py as it is.
 set -uo pipefail
 cd "$(dirname "$0")" || exit 2
 
@@ -14,11 +15,12 @@ ARCHS="nfnet_l0 tf_efficientnet_b1.ns_jft_in1k"
 FOLDS="0 1 2 3 4"
 INPUT=input
 OUTPUT=output
+ROUNDS=1
 TRAIN=(--epochs 30)
 DEVICE=()
 DEMO=
 
-usage() { sed -n '2,10s/^# \{0,1\}//p' run_all.sh; exit "$1"; }
+usage() { sed -n '2,11s/^# \{0,1\}//p' run_all.sh; exit "$1"; }
 [[ " $* " == *" --demo "* ]] && {
     DEMO=1 INPUT=input/demo OUTPUT=output/demo
     ARCHS="tf_efficientnet_lite0 tf_efficientnet_lite1"
@@ -28,11 +30,11 @@ while (($#)); do
     case $1 in
         --demo) ;;
         -h|--help) usage 0 ;;
-        --archs|--folds|--input|--output)
+        --archs|--folds|--input|--output|--rounds)
             [[ -n ${2:-} ]] || { echo "error: $1 needs a value" >&2; exit 2; }
             name=${1#--}; declare "${name^^}=$2"; shift ;;
         --device) DEVICE=(--device "${2:-}"); shift ;;
-        --arch|--arch=*|--fold|--fold=*|--archs=*|--folds=*|--input=*|--output=*|--device=*)
+        --arch|--arch=*|--fold|--fold=*|--archs=*|--folds=*|--input=*|--output=*|--rounds=*|--device=*)
             echo "error: ${1%%=*} is not for run_all.sh; write --archs \"A B\", --folds \"0 1\", --input DIR, --output DIR" >&2
             exit 2 ;;
         *) TRAIN+=("$1") ;;
@@ -54,15 +56,15 @@ flock -n 9 || { echo "error: another run_all.sh is at work on $OUTPUT; wait for 
 stage() {  # stage NAME LOG COMMAND...: run it, copy what it prints to LOG (without progress bars), note its seconds
     local name=$1 start=$SECONDS code; log=$2; shift 2
     mkdir -p "$(dirname "$log")"
-    exec {out}> >(tee -a "$log"); copy=$!
-    "$@" >&"$out" 2>&1 {out}>&- &
+    exec {pipe}> >(tee -a "$log"); copy=$!
+    "$@" >&"$pipe" 2>&1 {pipe}>&- &
     child=$!
     wait "$child"; code=$?
     finish_log
     echo "$name,$((SECONDS - start))" >> "$OUTPUT/times.csv"
     return $code
 }
-finish_log() { exec {out}>&-; wait "$copy"; sed -i 's/.*\r//' "$log"; }  # all is printed and logged; no bars in the log
+finish_log() { exec {pipe}>&-; wait "$copy"; sed -i 's/.*\r//' "$log"; }  # all is printed and logged; no bars in the log
 stop() { kill -TERM "${child:-}" 2>/dev/null && { wait "$child"; finish_log; }; exit 130; }
 trap stop INT TERM
 
@@ -74,17 +76,27 @@ if [[ -n $DEMO ]]; then
 fi
 
 failed=()
-for arch in $ARCHS; do
-    for fold in $FOLDS; do
-        log=$OUTPUT/${arch//[\/:]/_}/fold$fold/train.log
-        stage "training $arch" "$log" "$PYTHON" train.py --arch "$arch" --fold "$fold" --input "$INPUT" --output "$OUTPUT" \
-            "${DEVICE[@]}" "${TRAIN[@]}" || { failed+=("$arch fold $fold: see $log"); echo "FAILED: ${failed[-1]}" >&2; }
+for ((round = 1; round <= ROUNDS; round++)); do
+    out=$OUTPUT pseudo=()
+    if ((round > 1)); then
+        ((${#failed[@]})) && break
+        pseudo=(--pseudo "$before/confidence.csv") out=$OUTPUT/round$round
+        mkdir -p "$out" && cp "$OUTPUT/folds.csv" "$out/" || exit 2
+    fi
+    for arch in $ARCHS; do
+        for fold in $FOLDS; do
+            log=$out/${arch//[\/:]/_}/fold$fold/train.log
+            stage "training $arch" "$log" "$PYTHON" train.py --arch "$arch" --fold "$fold" --input "$INPUT" --output "$out" \
+                "${DEVICE[@]}" "${pseudo[@]}" "${TRAIN[@]}" ||
+                { failed+=("$arch fold $fold: see $log"); echo "FAILED: ${failed[-1]}" >&2; }
+        done
     done
-done
-for script in extract.py retrieve.py scripts/summary.py; do
-    name=$(basename "$script" .py)
-    stage "$name" "$OUTPUT/$name.log" "$PYTHON" "$script" --input "$INPUT" --output "$OUTPUT" "${DEVICE[@]}" ||
-        { failed+=("$script: see $OUTPUT/$name.log"); break; }
+    for script in extract.py retrieve.py scripts/expect.py scripts/summary.py; do
+        name=$(basename "$script" .py)
+        stage "$name" "$out/$name.log" "$PYTHON" "$script" --input "$INPUT" --output "$out" "${DEVICE[@]}" ||
+            { failed+=("$script: see $out/$name.log"); break; }
+    done
+    before=$out
 done
 
 if ((${#failed[@]})); then

@@ -15,13 +15,29 @@ import sys
 import time
 from pathlib import Path
 
-import pandas as pd
-
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from utils import InputError, atomic, run
+from utils import InputError, atomic, run, seed_everything
 
-from extract import run_folder
+import pandas as pd
+import torch
+import torch.nn.functional as F
 
+from dataset import (
+    EpochSampler,
+    Images,
+    augmentation,
+    augmentation_flags,
+    default_workers,
+    encode,
+    load_folds,
+    make_loader,
+    read_train,
+)
+from extract import embed, run_folder
+from models import EMBEDDING, Model, load_weights
+from train import lr_factor
+
+PEER = "pytorch-metric-learning"
 BASE = ["--lr", "0.003", "--head-lr-scale", "5"]
 VARIANTS = {
     "base": [],
@@ -34,6 +50,8 @@ VARIANTS = {
     "lr x2": ["--lr", "0.006"],
     "s30 m0.3": ["--scale", "30", "--margin", "0.3"],
     "s20 m0.2": ["--scale", "20", "--margin", "0.2", "--lr", "0.006"],
+    "s20 m0.2, crop": ["--scale", "20", "--margin", "0.2", "--lr", "0.006", "--crop", "0.4"],
+    "s20 m0.2, lr x4": ["--scale", "20", "--margin", "0.2", "--lr", "0.012"],
     "sub-centres": ["--sub-centres", "3"],
     "randaugment": ["--randaugment", "9"],
     "blur+grey": ["--blur", "0.2", "--grey", "0.1"],
@@ -43,6 +61,7 @@ VARIANTS = {
     "mean pooling": ["--gem-p", "1", "--no-train-gem"],
     "larger test": ["--test-size", "+25%"],
     "two test sizes": ["--test-size", "0%", "+25%"],
+    PEER: None,
 }
 
 
@@ -93,6 +112,50 @@ def train(variant, fold, seed, args):
             "seconds": round(time.time() - start)}
 
 
+def train_peer(fold, seed, args):
+    """pytorch-metric-learning's ArcFace, with its own margin, scale and nearest-neighbour accuracy, on our backbone, images,
+    order, augmentation and schedule; returns its row."""
+    from pytorch_metric_learning.losses import ArcFaceLoss
+    from pytorch_metric_learning.utils.accuracy_calculator import AccuracyCalculator
+
+    start, device, workers = time.time(), torch.device("cpu"), default_workers()
+    parser = argparse.ArgumentParser()
+    augmentation_flags(parser)
+    recipe = parser.parse_args([])
+    recipe.size = args.size
+    table = read_train(args.input)
+    classes, labels = encode(table["label"])
+    folds = load_folds(args.output, table)
+    parts = []
+    for rows, augment in [(folds != fold, augmentation(recipe)), (folds != fold, None), (folds == fold, None)]:
+        parts.append(Images(args.input, table["path"][rows], labels[rows], args.size, augment=augment, seed=seed))
+    seed_everything(seed)
+    model = Model(args.arch, len(classes)).to(memory_format=torch.channels_last)
+    load_weights(model, args.arch, "auto")
+    loss = ArcFaceLoss(len(classes), EMBEDDING)
+    sampler = EpochSampler(len(parts[0]), seed)
+    loader = make_loader(parts[0], 32, workers, device, sampler)
+    lr, scale = float(BASE[1]), float(BASE[3])
+    new = [*model.pool.parameters(), *model.neck.parameters(), *loss.parameters()]
+    optimiser = torch.optim.SGD([{"params": model.backbone.parameters(), "scale": 1.0}, {"params": new, "scale": scale}], lr,
+                                momentum=0.9, weight_decay=1e-4, nesterov=True)
+    for epoch in range(args.epochs):
+        model.train()
+        sampler.epoch = epoch
+        for step, (batch, truth) in enumerate(loader):
+            for group in optimiser.param_groups:
+                group["lr"] = lr * group["scale"] * lr_factor(epoch + (step + 1) / len(loader), args.epochs, 1.0)
+            loss(model(batch), truth).backward()
+            optimiser.step()
+            optimiser.zero_grad()
+    gallery, query = (torch.from_numpy(embed(model, part, device, workers=workers)) for part in parts[1:])
+    said = AccuracyCalculator(include=("precision_at_1",), k=1).get_accuracy(
+        F.normalize(query), parts[2].labels, F.normalize(gallery), parts[1].labels)
+    return {"variant": PEER, "arch": args.arch, "size": args.size, "epochs": args.epochs, "fold_by": args.fold_by,
+            "fold": fold, "seed": seed, "head_acc": float("nan"), "retrieval_acc": said["precision_at_1"],
+            "seconds": round(time.time() - start)}
+
+
 def main():
     args = parse_args()
     file = Path(args.output) / "accuracy.csv"
@@ -104,7 +167,7 @@ def main():
                 key = (variant, args.arch, args.size, args.epochs, args.fold_by, fold, seed)
                 if any(tuple(row[k] for k in keys) == key for row in rows):
                     continue
-                rows.append(train(variant, fold, seed, args))
+                rows.append(train_peer(fold, seed, args) if variant == PEER else train(variant, fold, seed, args))
                 with atomic(file) as temporary:
                     pd.DataFrame(rows).to_csv(temporary, index=False)
                 print(rows[-1], flush=True)

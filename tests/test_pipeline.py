@@ -254,6 +254,20 @@ def test_every_vote_labels_every_test_image(data, output):
     assert said.stdout.count("all ") == 2 and "| propagation |" in said.stdout
 
 
+def test_the_expected_accuracy_is_written_beside_the_submission(data, output):
+    said = script("scripts/expect.py", "--input", data, "--output", output).stdout
+    table = pd.read_csv(output / "confidence.csv", dtype={"filename": str, "prediction": str})
+    assert table["filename"].tolist() == pd.read_csv(data / "sample_submission.csv", dtype=str)["filename"].tolist()
+    figures = json.loads((output / "expected.json").read_text())
+    assert figures["expected"] == pytest.approx(table["confidence"].mean(), abs=1e-3)
+    assert 0 <= figures["low"] < figures["expected"] < figures["high"] <= 1 and "on these test images expect" in said
+    script("retrieve.py", "--input", data, "--output", output)
+    submission = pd.read_csv(output / "submission.csv", dtype=str)
+    assert submission["prediction"].tolist() == table["prediction"].tolist()
+    scores = json.loads((output / "scores.json").read_text())
+    assert figures["true"] == scores["test"]["nearest"]
+
+
 def test_torchrun_gives_the_same_submission(data, output, tmp_path):
     for folder in ("one", "two"):
         shutil.copytree(output, tmp_path / folder)
@@ -331,6 +345,17 @@ def test_run_all_two_runs_then_skips_them_and_names_a_failure(data, tmp_path):
     assert "nosuchnet fold 0: see" in second.stderr and "Unknown model" in (output / "nosuchnet/fold0/train.log").read_text()
     assert second.stdout.count("finished already") == 1 and second.stdout.count("up to date") == 2
     assert (output / "submission.csv").read_bytes() == submission
+
+
+def test_run_all_in_two_rounds(data, tmp_path):
+    flags = ["--archs", "test_nfnet", "--folds", "0 1", "--input", data, "--output", tmp_path, *TINY, "--epochs", 1,
+             "--rounds", 2, "--pseudo-min", 0]
+    assert run_all(*flags).stdout.count("on these test images expect") == 2
+    assert (tmp_path / "round2" / "folds.csv").read_bytes() == (tmp_path / "folds.csv").read_bytes()
+    first, second = ((tmp_path / f / "test_nfnet/fold0/train.log").read_text() for f in (".", "round2"))
+    count = [int(log.split(" images, ")[0].split()[-1]) for log in (first, second)]
+    assert count[1] == count[0] + 12
+    assert (tmp_path / "round2" / "submission.csv").exists() and run_all(*flags).stdout.count("finished already") == 4
 
 
 def test_run_all_says_what_is_missing_and_refuses_a_second_copy(data, tmp_path):

@@ -1,0 +1,75 @@
+"""The expected accuracy: evidence against a brute force, the calibration on cases with a known answer."""
+
+import sys
+
+import numpy as np
+from conftest import ROOT
+
+sys.path.insert(0, str(ROOT / "scripts"))
+import expect
+
+
+def test_evidence_by_hand():
+    similarity, label = np.array([[0.9, 0.8, 0.5, 0.4]], np.float32), np.array([[2, 2, 0, 1]])
+    best = expect.class_best(similarity, label, 4)
+    assert np.allclose(best, [[0.5, 0.4, 0.9, 0.4]])
+    assert np.allclose(expect.certainty(best, 2.0), np.exp(1.8) / np.exp(2 * best).sum())
+
+
+def test_held_out_images_meet_all_others_or_only_other_looks():
+    rng = np.random.default_rng(0)
+    x, labels = rng.normal(size=(60, 8)).astype(np.float32), np.repeat(np.arange(5), 12)
+    looks = labels * 3 + np.tile(np.repeat([0, 1, 2], 4), 5)
+    rows = np.flatnonzero(rng.random(60) < 0.4)
+    unit = x / np.linalg.norm(x, axis=1, keepdims=True)
+    cosine = unit[rows] @ unit.T
+    cosine[np.arange(len(rows)), rows] = -1
+    strange = np.where(looks[None] == looks[rows, None], -1, cosine)
+    random, look = expect.held_out([x], rows, labels, looks, 5, "cpu")
+    for got, all_of_them in ((random, cosine), (look, strange)):
+        assert np.allclose(got, np.stack([all_of_them[:, labels == c].max(1) for c in range(5)], 1), atol=1e-5)
+
+
+def test_looks_are_folds_or_clusters():
+    labels, fold = np.array([0, 0, 0, 1, 1, 1]), np.array([0, 1, 0, 0, -1, 1])
+    looks = expect.own_looks([np.zeros((6, 2), np.float32)], labels, fold, True, 5, 0)
+    assert looks[0] == looks[2] and len(set(looks)) == 5
+    x = np.array([[1, 0], [1, 0.01], [0, 1], [1, 0], [0, 1], [0.01, 1]], np.float32)
+    looks = expect.own_looks([x], labels, fold, False, 2, 0)
+    assert looks[0] == looks[1] != looks[2] and looks[4] == looks[5] != looks[3] and len(set(looks)) == 4
+
+
+def test_calibration_finds_the_true_probability():
+    """Similarities whose classes truly compete by a softmax: the calibrated mean is the accuracy, on other data, too."""
+    rng = np.random.default_rng(1)
+    best = rng.uniform(0.2, 0.9, (20000, 5)).astype(np.float32)
+    chance = np.exp(12 * best.astype(np.float64))
+    chance /= chance.sum(1, keepdims=True)
+    truth = (chance.cumsum(1) < rng.random((20000, 1))).sum(1)
+    assert abs(expect.fit_sharpness(best[:10000], truth[:10000]) - 12) < 0.5
+    probability = expect.calibrate(best[:10000], truth[:10000])
+    easy = best[10000:] * 1.1  # another distribution of the same evidence
+    chance = np.exp(12 * easy.astype(np.float64))
+    chance /= chance.sum(1, keepdims=True)
+    assert np.abs(probability(easy) - chance.max(1)).mean() < 0.03
+
+
+def test_agreement_is_with_all_the_others_together():
+    labels, train = np.array([0, 1]), np.eye(2, dtype=np.float32)
+    said = [np.eye(2, dtype=np.float32)[np.array(row)] for row in ([0, 0, 1], [0, 1, 1], [0, 0, 0])]
+    runs = [{"train": train, "test": test} for test in said]
+    # image 0: all agree. Image 1: run 1 is alone, and for each of the others the two others are tied, label 0 by lower index.
+    assert np.allclose(expect.agreement(runs, labels, "cpu"), [1, 2 / 3, 0])
+    assert expect.agreement(runs[:1], labels, "cpu") is None
+
+
+def test_baselines_by_hand():
+    held, right, test = np.array([0.9, 0.8, 0.7, 0.2]), np.array([1, 1, 1, 0]), np.array([0.9, 0.6, 0.4, 0.1])
+    assert expect.average_thresholded_confidence(held, right, test) == 0.5  # threshold 0.575
+    assert np.isclose(expect.difference_of_confidences(held, right, test), 0.75 - (0.65 - 0.5))
+
+
+def test_sets_are_told_apart_only_if_they_differ():
+    x = np.random.default_rng(2).normal(size=(400, 4)).astype(np.float32)
+    assert abs(expect.tell_apart(x[:200], x[200:], 0) - 0.5) < 0.1
+    assert expect.tell_apart(x[:200], x[200:] + 9, 0) > 0.99
