@@ -8,7 +8,6 @@ Writes output/<arch>/fold<k>/{train,test,head}.npy (float32 [N, 512] in the CSV'
     python extract.py --arch dm_nfnet_f0 --fold 0 --weights original.pth --size 256 --precision fp32
 """
 
-import argparse
 import time
 from pathlib import Path
 
@@ -28,6 +27,7 @@ from utils import (
     save_checkpoint,
     save_json,
     save_npy,
+    script_parser,
 )
 
 import numpy as np
@@ -50,11 +50,8 @@ from models import Model, Softmax, build, load_weights
 
 
 def parse_args():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
-                                     allow_abbrev=False)
+    parser = script_parser(__doc__)
     add = parser.add_argument
-    add("--input", default="input", help="data folder (default input)")
-    add("--output", default="output", help="results folder (default output)")
     add("--arch", help="timm name of the backbone; default: every finished run")
     add("--fold", help="fold number, or 'all' for a run trained on everything; default: every fold")
     add("--weights", help="a checkpoint that was trained elsewhere, the original solution's for one, becomes the run "
@@ -67,7 +64,6 @@ def parse_args():
     add("--precision", choices=["auto", "fp32", "bf16", "fp16"], help="default: that of the training")
     add("--batch-size", type=int, default=0, help="images a batch; 0 = 64 on a CPU, 512 on a GPU, halved until it fits")
     add("--workers", type=int, default=default_workers(), help="loader processes (default min(8, cores - 1))")
-    add("--device", default="auto", help="auto, cpu, cuda, cuda:1 ... (default auto)")
     args = parser.parse_args()
     if args.batch_size < 0 or min(args.size, *(args.test_size or [1])) < 1 or (args.gem_p or 1) <= 0:
         parser.error("--batch-size must be 0 or more, --size and --test-size 1 or more, --gem-p more than 0")

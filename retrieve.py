@@ -28,6 +28,7 @@ from utils import (
     processes,
     run,
     save_json,
+    script_parser,
 )
 
 import numpy as np
@@ -44,11 +45,8 @@ DEFAULT_VOTES = ["head", "nearest", "sum", "fusion"]  # always scored, for compa
 
 
 def parse_args():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
-                                     allow_abbrev=False)
+    parser = script_parser(__doc__)
     add = parser.add_argument
-    add("--input", default="input", help="data folder (default input)")
-    add("--output", default="output", help="results folder (default output)")
     add("--runs", nargs="+", metavar="ARCH/foldK", help="runs to join; default: every finished run")
     add("--vote", choices=VOTES, default="nearest", metavar="VOTE", help="which labels the submission gets (default nearest): "
         + "; ".join(f"{name}: {what}" for name, what in (votes.INDUCTIVE | votes.TRANSDUCTIVE).items())
@@ -77,7 +75,6 @@ def vote_flags(parser):
     add("--screen", choices=["auto", *SCREENS], default="auto", help="precision of the search's first look; the result is the "
         "same (default auto: the fastest here)")
     add("--memory", type=float, help="GiB that the search may use (default 1; on a GPU half of what is free)")
-    add("--device", default="auto", help="auto, cpu, cuda, cuda:1 ... (default auto)")
 
 
 def check_vote_flags(parser, args):

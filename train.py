@@ -28,6 +28,7 @@ from utils import (
     run,
     save_checkpoint,
     save_json,
+    script_parser,
     seed_everything,
 )
 
@@ -63,13 +64,10 @@ HINT = ("the checkpoint of the last finished epoch is kept. Try a lower --lr, --
 
 
 def parse_args():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
-                                     allow_abbrev=False)
+    parser = script_parser(__doc__)
     add = parser.add_argument
     add("--arch", required=True, help="any timm name, e.g. nfnet_l0, tf_efficientnet_b1.ns_jft_in1k")
     add("--fold", required=True, help="the fold held out, 0 .. folds-1; 'all' trains on everything, unvalidated")
-    add("--input", default="input", help="data folder with train.csv (default input)")
-    add("--output", default="output", help="results folder (default output)")
     add("--n-folds", type=int, default=5, help="number of folds (default 5)")
     add("--fold-by", choices=["random", "group", "look"], help="hold out images at random, whole groups, or whole looks: "
         "clusters of alike images of a class (default group where train.csv has the column, else random)")
@@ -111,7 +109,6 @@ def parse_args():
     add("--eval-batch-size", type=int, default=64, help="images a batch in validation (default 64)")
     add("--seed", type=int, default=9999, help="of folds, weights, order and augmentation (default 9999)")
     add("--workers", type=int, default=default_workers(), help="loader processes (default min(8, cores - 1))")
-    add("--device", default="auto", help="auto, cpu, cuda, cuda:1 ... (default auto)")
     add("--check", action="store_true", help="decode every image before training, not only read its header")
     add("--restart", action="store_true", help="throw an earlier run in this folder away")
     args = parser.parse_args()

@@ -7,6 +7,7 @@ import os
 # the cores are idle; OpenMP's default, to spin on and on, costs 10 times the time when another job shares them.
 os.environ.setdefault("GOMP_SPINCOUNT", "30000")
 
+import argparse
 import contextlib
 import fcntl
 import hashlib
@@ -28,6 +29,17 @@ class InputError(Exception):
     def __init__(self, message):
         # A loader worker hands its exceptions on as text, the traceback before the message.
         super().__init__(str(message).rpartition("utils.InputError: ")[2].strip())
+
+
+def script_parser(doc, folders=True, device=True):
+    """A script's ArgumentParser: `doc` is its help, abbreviations are errors; with --input and --output, and --device."""
+    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    if folders:
+        parser.add_argument("--input", default="input", help="data folder (default input)")
+        parser.add_argument("--output", default="output", help="results folder (default output)")
+    if device:
+        parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1 ... (default auto)")
+    return parser
 
 
 def run(main):

@@ -16,7 +16,7 @@ import time
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from utils import InputError, atomic, run, seed_everything
+from utils import InputError, atomic, run, script_parser, seed_everything
 
 import pandas as pd
 import torch
@@ -66,8 +66,7 @@ VARIANTS = {
 
 
 def parse_args():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
-                                     allow_abbrev=False)
+    parser = script_parser(__doc__, folders=False, device=False)
     add = parser.add_argument
     add("--input", required=True, help="data folder")
     add("--output", required=True, help="folder of the results")

@@ -10,7 +10,6 @@ Prints seconds, the ratio to FAISS, GFLOP/s, peak memory beside the arrays (Linu
     python scripts/bench_retrieve.py --gallery output/nfnet_l0/fold0/train.npy --queries output/nfnet_l0/fold0/test.npy
 """
 
-import argparse
 import platform
 import sys
 import tempfile
@@ -19,7 +18,7 @@ import time
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from utils import load_npy, pick_device, run
+from utils import load_npy, pick_device, run, script_parser
 
 import numpy as np
 import torch
@@ -32,8 +31,7 @@ METHODS = ["ours", "faiss", "sklearn", "torch", "limit"]
 
 
 def parse_args():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
-                                     allow_abbrev=False)
+    parser = script_parser(__doc__, folders=False)
     add = parser.add_argument
     add("--gallery", help="a .npy to search; default: clustered random rows")
     add("--queries", help="the .npy of queries, with --gallery")

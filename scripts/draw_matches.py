@@ -7,7 +7,6 @@ Writes output/matches.jpg
     python scripts/draw_matches.py --input input/demo --output output/demo --rows 6 --seed 3
 """
 
-import argparse
 import sys
 from pathlib import Path
 
@@ -15,7 +14,7 @@ import cv2
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from utils import InputError, atomic, run
+from utils import InputError, atomic, run, script_parser
 
 from dataset import read_csv, read_image, read_solution, read_train, resize
 
@@ -23,11 +22,8 @@ GREEN, RED, GREY, INK = (46, 160, 67), (207, 60, 50), (140, 140, 140), (40, 40, 
 
 
 def parse_args():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
-                                     allow_abbrev=False)
+    parser = script_parser(__doc__, device=False)
     add = parser.add_argument
-    add("--input", default="input", help="data folder (default input)")
-    add("--output", default="output", help="results folder (default output)")
     add("--rows", type=int, default=6, help="test images drawn (default 6)")
     add("--seed", type=int, default=0, help="which test images (default 0)")
     add("--tile", type=int, default=160, help="side of a picture in pixels (default 160)")

@@ -15,12 +15,11 @@ Writes output/confidence.csv (filename,prediction,confidence,similarity in the o
     python scripts/expect.py --input input/demo --output output/demo
 """
 
-import argparse
 import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from utils import accuracy, atomic, pick_device, run, save_json
+from utils import accuracy, atomic, pick_device, run, save_json, script_parser
 
 import numpy as np
 import torch
@@ -38,15 +37,11 @@ LEAST_ERROR = 0.05  # half the interval at least: what nine of ten shifts kept t
 
 
 def parse_args():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
-                                     allow_abbrev=False)
+    parser = script_parser(__doc__)
     add = parser.add_argument
-    add("--input", default="input", help="data folder (default input)")
-    add("--output", default="output", help="results folder (default output)")
     add("--runs", nargs="+", metavar="ARCH/foldK", help="runs to join; default: every finished run")
     add("--looks", type=int, default=5, help="looks a class is split into, where the folds are not by look (default 5)")
     add("--seed", type=int, default=0, help="of looks and samples (default 0)")
-    add("--device", default="auto", help="auto, cpu, cuda, cuda:1 ... (default auto)")
     args = parser.parse_args()
     if args.looks < 2:
         parser.error("--looks must be 2 or more")

@@ -8,7 +8,6 @@ Writes OUT/{train.csv,sample_submission.csv,solution.csv} and links (or copies) 
     python scripts/prepare_grocery.py ~/GroceryStoreDataset --output input/grocery --copy
 """
 
-import argparse
 import shutil
 import sys
 from pathlib import Path
@@ -16,12 +15,11 @@ from pathlib import Path
 import pandas as pd
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from utils import InputError, atomic, run
+from utils import InputError, atomic, run, script_parser
 
 
 def parse_args():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
-                                     allow_abbrev=False)
+    parser = script_parser(__doc__, folders=False, device=False)
     parser.add_argument("source", metavar="SRC", help="folder with train.txt, val.txt, test.txt, classes.csv")
     parser.add_argument("--output", default="input/grocery", help="default input/grocery")
     parser.add_argument("--copy", action="store_true", help="copy the photographs instead of linking their folders")

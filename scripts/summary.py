@@ -8,7 +8,6 @@ Writes output/summary.md
     python scripts/summary.py --input input/demo --output output/demo
 """
 
-import argparse
 import shutil
 import sys
 from pathlib import Path
@@ -17,7 +16,7 @@ import numpy as np
 import pandas as pd
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from utils import duration, pick_device, run, save_text
+from utils import duration, pick_device, run, save_text, script_parser
 
 from dataset import encode, load_folds, read_solution, read_test, read_train
 from retrieve import (
@@ -37,11 +36,8 @@ NAMES = {"head": "classifier head", "nearest": "nearest neighbour", "sum": "vote
 
 
 def parse_args():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
-                                     allow_abbrev=False)
+    parser = script_parser(__doc__)
     add = parser.add_argument
-    add("--input", default="input", help="data folder (default input)")
-    add("--output", default="output", help="results folder (default output)")
     add("--votes", nargs="+", choices=VOTES, default=DEFAULT_VOTES, metavar="VOTE",
         help=f"columns (default {' '.join(DEFAULT_VOTES)}), of {' '.join(VOTES)}")
     add("--ensemble-only", action="store_true", help="only the row of all runs together")
