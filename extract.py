@@ -150,6 +150,14 @@ def embed_pass(model, images, device, precision, batch_size, workers, what, outp
     return result
 
 
+def load_model(folder, device):
+    """The model of an extracted run, as it gave the run's embeddings."""
+    model, power = build(load_checkpoint(folder / "best.pt")).to(device), load_json(folder / "extract.json")["gem_p"]
+    if power:
+        model.pool.p.data.fill_(power)
+    return model
+
+
 @torch.inference_mode()
 def adapt_bn(model, images, device, precision="fp32", batch_size=64, workers=0):
     """Replace the statistics of the model's batch norms by those of `images`, their mean over one pass."""

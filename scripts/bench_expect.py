@@ -13,7 +13,7 @@ import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from utils import InputError, atomic, load_checkpoint, pick_device, run, script_parser
+from utils import InputError, atomic, pick_device, run, script_parser
 
 import numpy as np
 import pandas as pd
@@ -23,8 +23,7 @@ from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as TF
 
 from dataset import Images, default_workers, encode, load_folds, read_csv, read_solution, read_test, read_train
-from extract import embed
-from models import build
+from extract import embed, load_model
 from retrieve import load_runs
 
 
@@ -85,14 +84,14 @@ def main():
     for shift in args.shifts:
         shifted = []
         for r in runs:
-            model = build(load_checkpoint(Path(args.output) / r["name"] / "best.pt")).to(device)
-            stamp = r["stamp"]
+            model, stamp = load_model(Path(args.output) / r["name"], device), r["stamp"]
             images = Images(Path(args.input) / "test", test["filename"].iloc[picked], np.zeros(len(picked), np.int64),
                             stamp["sizes"][0], stamp["resize"], SHIFTS[shift], args.seed)
             embedded = embed(model, images, device, stamp["precision"], workers=default_workers(), sizes=stamp["sizes"])
             shifted.append(r | {"test": embedded})
         _, number, _, figures = expect(shifted, fold, by_look, labels, len(classes), args, device)
         right = np.array(classes, object)[number] == truth[picked]
+        del figures["calibration"]
         rows.append({"shift": shift, "true": round(float(right.mean()), 4), **figures})
         print(rows[-1], flush=True)
     table = pd.DataFrame(rows)

@@ -105,13 +105,19 @@ def certainty(best, sharpness):
 
 
 def calibrate(best, truth):
-    """Learn from held-out images how often the best class is right: returns a function of best [n, C] -> probability [n].
-    The softmax's sharpness is fitted (temperature scaling: Guo et al., On calibration, ICML 2017), then corrected by isotonic
-    regression (Zadrozny and Elkan, KDD 2002)."""
+    """Learn from held-out images how often the best class is right. The softmax's sharpness is fitted (temperature scaling: Guo
+    et al., On calibration, ICML 2017), then corrected by isotonic regression (Zadrozny and Elkan, KDD 2002). Returns plain
+    numbers for `probability`: the sharpness, and the corners of the correcting curve."""
     sharpness = fit_sharpness(best, truth)
     curve = IsotonicRegression(y_min=0, y_max=1, out_of_bounds="clip")
     curve.fit(certainty(best, sharpness), best.argmax(1) == truth)
-    return lambda other: curve.predict(certainty(other, sharpness))
+    return {"sharpness": sharpness, "certainty": curve.X_thresholds_.tolist(), "probability": curve.y_thresholds_.tolist()}
+
+
+def probability(best, calibration):
+    """Probability that the best class is right, [n, C] -> [n], by what `calibrate` learned."""
+    certain = certainty(best, calibration["sharpness"])
+    return np.interp(certain, calibration["certainty"], calibration["probability"])
 
 
 def agreement(runs, labels, device):
@@ -124,6 +130,12 @@ def agreement(runs, labels, device):
     if len(runs) < 2:
         return None
     return np.mean([nearest([r]) == nearest([other for other in runs if other is not r]) for r in runs], 0)
+
+
+def confide(best, calibration, runs, labels, device):
+    """How likely the labels of the test images are right, [n] each: the mean of both estimates, and each of them."""
+    evidence, agreed = probability(best, calibration), agreement(runs, labels, device)
+    return (evidence if agreed is None else (evidence + agreed) / 2), evidence, agreed
 
 
 # ------------------------------------------------------------------------------------------------- baselines, and the shift
@@ -169,8 +181,8 @@ def expect(runs, fold, by_look, labels, classes, args, device):
     truth = labels[rows]
     similarity, index = topk(Joined([r["test"] for r in runs]), Joined([r["train"] for r in runs]), NEIGHBOURS, device=device)
     best = class_best(similarity, labels[index], classes)
-    evidence, agreed = calibrate(look, truth)(best), agreement(runs, labels, device)
-    confidence = evidence if agreed is None else (evidence + agreed) / 2
+    calibration = calibrate(look, truth)
+    confidence, evidence, agreed = confide(best, calibration, runs, labels, device)
     apart = 0.0 if agreed is None else abs(evidence.mean() - agreed.mean()) / 4
     expected = float(confidence.mean())
     half = (LEAST_ERROR**2 + apart**2 + 1.64**2 * expected * (1 - expected) / len(confidence)) ** 0.5
@@ -183,7 +195,7 @@ def expect(runs, fold, by_look, labels, classes, args, device):
                "difference_of_confidences": difference_of_confidences(held, right, test)}
     figures = {name: value if value is None else round(float(value), 4) for name, value in figures.items()}
     first = next(r for r in runs if str(r["fold"]).isdecimal())
-    figures |= shift(first, fold, args.seed, device)
+    figures |= shift(first, fold, args.seed, device) | {"calibration": calibration}
     return confidence, best.argmax(1), similarity[:, 0], figures
 
 

@@ -47,11 +47,11 @@ def test_calibration_finds_the_true_probability():
     chance /= chance.sum(1, keepdims=True)
     truth = (chance.cumsum(1) < rng.random((20000, 1))).sum(1)
     assert abs(expect.fit_sharpness(best[:10000], truth[:10000]) - 12) < 0.5
-    probability = expect.calibrate(best[:10000], truth[:10000])
+    calibration = expect.calibrate(best[:10000], truth[:10000])
     easy = best[10000:] * 1.1  # another distribution of the same evidence
     chance = np.exp(12 * easy.astype(np.float64))
     chance /= chance.sum(1, keepdims=True)
-    assert np.abs(probability(easy) - chance.max(1)).mean() < 0.03
+    assert np.abs(expect.probability(easy, calibration) - chance.max(1)).mean() < 0.03
 
 
 def test_agreement_is_with_all_the_others_together():
