@@ -91,7 +91,7 @@ for ((round = 1; round <= ROUNDS; round++)); do
                 { failed+=("$arch fold $fold: see $log"); echo "FAILED: ${failed[-1]}" >&2; }
         done
     done
-    for script in extract.py retrieve.py scripts/expect.py scripts/summary.py; do
+    for script in extract.py retrieve.py scripts/expect.py scripts/report.py scripts/summary.py; do
         name=$(basename "$script" .py)
         stage "$name" "$out/$name.log" "$PYTHON" "$script" --input "$INPUT" --output "$out" "${DEVICE[@]}" ||
             { failed+=("$script: see $out/$name.log"); break; }

@@ -82,3 +82,13 @@ def train(data, output, arch="test_efficientnet", fold=0, *more, **options):
     epochs = () if "--epochs" in more else ("--epochs", "3")
     return script("train.py", "--arch", arch, "--fold", fold, "--input", data, "--output", output, *TINY, *epochs, *more,
                   **options)
+
+
+@pytest.fixture(scope="session")
+def output(data, tmp_path_factory):
+    """Two finished runs, extracted."""
+    folder = tmp_path_factory.mktemp("output")
+    train(data, folder, "test_efficientnet", 0)
+    train(data, folder, "test_nfnet", 1, "--clip", "agc:0.01")
+    script("extract.py", "--input", data, "--output", folder, "--workers", 1, "--precision", "fp32")
+    return folder

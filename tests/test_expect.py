@@ -1,9 +1,12 @@
 """The expected accuracy: evidence against a brute force, the calibration on cases with a known answer."""
 
+import json
 import sys
 
 import numpy as np
-from conftest import ROOT
+import pandas as pd
+import pytest
+from conftest import ROOT, script
 
 sys.path.insert(0, str(ROOT / "scripts"))
 import expect
@@ -73,3 +76,17 @@ def test_sets_are_told_apart_only_if_they_differ():
     x = np.random.default_rng(2).normal(size=(400, 4)).astype(np.float32)
     assert abs(expect.tell_apart(x[:200], x[200:], 0) - 0.5) < 0.1
     assert expect.tell_apart(x[:200], x[200:] + 9, 0) > 0.99
+
+
+def test_the_expected_accuracy_is_written_beside_the_submission(data, output):
+    said = script("scripts/expect.py", "--input", data, "--output", output).stdout
+    table = pd.read_csv(output / "confidence.csv", dtype={"filename": str, "prediction": str})
+    assert table["filename"].tolist() == pd.read_csv(data / "sample_submission.csv", dtype=str)["filename"].tolist()
+    figures = json.loads((output / "expected.json").read_text())
+    assert figures["expected"] == pytest.approx(table["confidence"].mean(), abs=1e-3)
+    assert 0 <= figures["low"] < figures["expected"] < figures["high"] <= 1 and "on these test images expect" in said
+    script("retrieve.py", "--input", data, "--output", output)
+    submission = pd.read_csv(output / "submission.csv", dtype=str)
+    assert submission["prediction"].tolist() == table["prediction"].tolist()
+    scores = json.loads((output / "scores.json").read_text())
+    assert figures["true"] == scores["test"]["nearest"]

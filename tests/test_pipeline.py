@@ -1,6 +1,5 @@
 """The real scripts on a few generated images: train, kill, resume, extract, retrieve; two runs through run_all.sh."""
 
-import io
 import json
 import os
 import shutil
@@ -8,7 +7,6 @@ import signal
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 from utils import load_checkpoint
 
@@ -17,16 +15,6 @@ import pandas as pd
 import pytest
 import torch
 from conftest import ROOT, TINY, make_data, script, train
-
-
-@pytest.fixture(scope="module")
-def output(data, tmp_path_factory):
-    """Two finished runs, extracted."""
-    folder = tmp_path_factory.mktemp("output")
-    train(data, folder, "test_efficientnet", 0)
-    train(data, folder, "test_nfnet", 1, "--clip", "agc:0.01")
-    script("extract.py", "--input", data, "--output", folder, "--workers", 1, "--precision", "fp32")
-    return folder
 
 
 def weights(folder):
@@ -254,41 +242,6 @@ def test_every_vote_labels_every_test_image(data, output):
         assert set(pd.read_csv(output / "submission.csv")["prediction"]) <= labels
     said = script("scripts/summary.py", "--input", data, "--output", output, "--votes", *VOTES, "--ensemble-only")
     assert said.stdout.count("all ") == 2 and "| propagation |" in said.stdout
-
-
-def test_the_expected_accuracy_is_written_beside_the_submission(data, output):
-    said = script("scripts/expect.py", "--input", data, "--output", output).stdout
-    table = pd.read_csv(output / "confidence.csv", dtype={"filename": str, "prediction": str})
-    assert table["filename"].tolist() == pd.read_csv(data / "sample_submission.csv", dtype=str)["filename"].tolist()
-    figures = json.loads((output / "expected.json").read_text())
-    assert figures["expected"] == pytest.approx(table["confidence"].mean(), abs=1e-3)
-    assert 0 <= figures["low"] < figures["expected"] < figures["high"] <= 1 and "on these test images expect" in said
-    script("retrieve.py", "--input", data, "--output", output)
-    submission = pd.read_csv(output / "submission.csv", dtype=str)
-    assert submission["prediction"].tolist() == table["prediction"].tolist()
-    scores = json.loads((output / "scores.json").read_text())
-    assert figures["true"] == scores["test"]["nearest"]
-
-
-def test_a_photo_is_labelled_as_in_the_submission(data, output):
-    script("scripts/expect.py", "--input", data, "--output", output)
-    table = pd.read_csv(output / "confidence.csv", dtype={"filename": str, "prediction": str})
-    flags = ["--input", data, "--output", output]
-    said = json.loads(script("scripts/classify.py", data / "test", *flags, "--json").stdout)
-    by_name = {Path(row["photo"]).name: row for row in said}
-    neighbours, paths = np.load(output / "neighbours.npz"), pd.read_csv(data / "train.csv")["path"]
-    for i, row in table.iterrows():
-        mine = by_name[row["filename"]]
-        assert mine["label"] == row["prediction"] and mine["confidence"] == pytest.approx(row["confidence"], abs=2e-3)
-        near = [n["path"] for n in mine["neighbours"]]
-        assert len(near) == 5 and near[0] == paths[neighbours["index"][i, 0]]
-    one = script("scripts/classify.py", data / "test" / "q00.jpg", *flags, "--k", 2).stdout.splitlines()
-    assert len(one) == 3 and "confidence" in one[0]
-    sheet = pd.read_csv(io.StringIO(script("scripts/classify.py", data / "test" / "q00.jpg", *flags, "--csv").stdout))
-    assert sheet.columns[:5].tolist() == ["photo", "label", "confidence", "path1", "similarity1"] and len(sheet) == 1
-    assert "no such.jpg" in script("scripts/classify.py", "no such.jpg", *flags, code=2).stderr
-    (data / "empty").mkdir(exist_ok=True)
-    assert "holds no image" in script("scripts/classify.py", data / "empty", *flags, code=2).stderr
 
 
 def test_torchrun_gives_the_same_submission(data, output, tmp_path):

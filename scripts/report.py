@@ -1,0 +1,184 @@
+"""One page to look at: the numbers, photographs with their nearest training images, confused labels, learning curves, shift.
+
+Reads  input/{train.csv[,solution.csv]} and images; output/{submission.csv,neighbours.npz,scores.json} and, if scripts/expect.py
+       ran, output/{confidence.csv,expected.json}; log.csv and embeddings of the runs; scripts/report.html, the page's frame
+Writes output/report.html: self-contained, opens from disk
+
+    python scripts/report.py
+    python scripts/report.py --input input/demo --output output/demo --most 300
+"""
+
+import base64
+import json
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from utils import InputError, duration, load_json, pick_device, progress, run, save_text, script_parser
+
+import cv2
+import numpy as np
+import pandas as pd
+from sklearn.decomposition import PCA
+
+from dataset import load_folds, read_csv, read_image, read_solution, read_train, resize
+from retrieve import load_runs
+from search import Joined, topk
+
+SIDE, NEAR = 110, 5  # pixels of a picture on the page; neighbours shown
+DOTS = 800  # images of each split on the map
+
+
+def parse_args():
+    parser = script_parser(__doc__)
+    add = parser.add_argument
+    add("--most", type=int, default=400, help="photographs shown: the least confident, the least like the gallery, the wrong "
+        "ones and some at random, a quarter each (default 400)")
+    add("--seed", type=int, default=0, help="of the random ones (default 0)")
+    args = parser.parse_args()
+    if args.most < 1:
+        parser.error("--most must be 1 or more")
+    return args
+
+
+def thumbnail(path):
+    """The image as a JPEG data URI of at most SIDE pixels."""
+    ok, data = cv2.imencode(".jpg", resize(read_image(path), SIDE, "pad")[..., ::-1], [cv2.IMWRITE_JPEG_QUALITY, 70])
+    assert ok, path
+    return "data:image/jpeg;base64," + base64.b64encode(data).decode()
+
+
+def thumbnails(paths, what):
+    with ThreadPoolExecutor() as pool:
+        return list(progress(pool.map(thumbnail, paths), what, len(paths)))
+
+
+def choose(table, most, seed):
+    """Rows of the test images to show: a quarter each of the least confident, the least similar, the wrong, and at random."""
+    order = [table["confidence"].argsort(kind="stable"), table["similarity"].argsort(kind="stable"),
+             np.flatnonzero(table["truth"].notna() & (table["truth"] != table["prediction"])),
+             np.random.default_rng(seed).permutation(len(table))]
+    chosen = dict.fromkeys(int(i) for part in order for i in np.asarray(part)[:max(1, most // 4)])
+    return list(chosen)[:most]
+
+
+def confused(table, index, train, source, most=12):
+    """The pairs of labels that are mixed up most: by the truth where it is known, else label and next label among the
+    neighbours. A list of {says, pictures}."""
+    known = table["truth"].notna().any()
+    if known:
+        other = table["truth"].to_numpy()
+    else:
+        near = train["label"].to_numpy()[index]
+        other = np.array([next((n for n in row if n != said), None)
+                          for row, said in zip(near, table["prediction"], strict=True)], object)
+    pairs = pd.DataFrame({"said": table["prediction"], "other": other, "row": np.arange(len(table))}).dropna()
+    pairs, result = pairs[pairs["said"] != pairs["other"]], []
+    for (said, true), rows in sorted(pairs.groupby(["said", "other"])["row"], key=lambda pair: -len(pair[1]))[:most]:
+        files = [source / "test" / table["filename"][i] for i in rows[:3]]
+        files += [source / train["path"][train.index[train["label"] == label][0]] for label in (said, true)]
+        texts = ["test image"] * len(rows[:3]) + [said, true]
+        says = f"{true} taken for {said}: {len(rows)}" if known else f"{said}, next {true}: {len(rows)}"
+        result.append({"says": says, "pictures": list(zip(map(thumbnail, files), texts, strict=True))})
+    return result
+
+
+def curves(output, runs):
+    """{name, accuracy, loss} of each run: points (epoch, value)."""
+    result = []
+    for r in runs:
+        log = output / r["name"] / "log.csv"
+        if log.exists():
+            table = pd.read_csv(log)
+            points = {key: table[["epoch", name]].dropna().values.tolist()
+                      for key, name in [("accuracy", "retrieval_acc"), ("loss", "train_loss")]}
+            result.append({"name": r["name"], **points})
+    return result
+
+
+def shift(runs, fold, device, seed):
+    """Histogram of nearest similarities and map of embeddings, held-out training images against test images, by one run."""
+    r = next((r for r in runs if str(r["fold"]).isdecimal()), None)
+    if r is None:
+        return [], []
+    rows, gallery = np.flatnonzero(fold == int(r["fold"])), Joined([r["train"]])
+    sets = {"held-out training": (Joined([r["train"]], rows), rows, "#2563c9"), "test": (Joined([r["test"]]), None, "#d9822b")}
+    near = {name: topk(vectors, gallery, 1, own, device)[0][:, 0] for name, (vectors, own, _) in sets.items()}
+    edges = np.linspace(min(map(np.min, near.values())), 1, 31)
+    histogram, rng, samples = [], np.random.default_rng(seed), {}
+    for name, (vectors, _, colour) in sets.items():
+        share = np.histogram(near[name], edges)[0] / len(vectors)
+        points = np.stack([(edges[1:] + edges[:-1]) / 2, share], 1).round(4)
+        histogram.append({"name": name, "colour": colour, "points": points.tolist()})
+        samples[name] = vectors[np.sort(rng.permutation(len(vectors))[:DOTS])].numpy()
+    flat = PCA(2, random_state=seed).fit(np.concatenate(list(samples.values())))
+    dots = [{"name": name, "colour": sets[name][2], "points": flat.transform(x).round(3).tolist()}
+            for name, x in samples.items()]
+    return histogram, dots
+
+
+def tiles(output, scores, expected, runs):
+    """The numbers at the top: (value, what it is)."""
+    said = []
+    if expected:
+        said.append((f"{expected['expected']:.3f}", f"expected accuracy ({expected['low']:.2f}-{expected['high']:.2f})"))
+    for split, name in [("test", "on the test images"), ("oof", "out-of-fold")]:
+        for vote, value in (scores[split] or {}).items():
+            if vote in ("head", "nearest", scores["vote"]):
+                said.append((f"{value:.3f}", f"accuracy of {vote} {name}"))
+    if expected:
+        said.append((f"{expected['told_apart']:.2f}", "how well test images are told from training images (0.50: not at all)"))
+    said.append((str(len(runs)), "runs"))
+    if (output / "times.csv").exists():
+        seconds = pd.read_csv(output / "times.csv", names=["stage", "seconds"])["seconds"].sum()
+        said.append((duration(seconds), "time, all stages"))
+    return said
+
+
+def main():
+    args = parse_args()
+    source, output, device = Path(args.input), Path(args.output), pick_device(args.device)
+    for name in ("submission.csv", "neighbours.npz", "scores.json"):
+        if not (output / name).exists():
+            raise InputError(f"{output / name} is not there; run retrieve.py first")
+    train, table = read_train(source), read_csv(output / "submission.csv", ["filename", "prediction"])
+    runs = load_runs(output, load_json(output / "scores.json")["runs"], train, table)
+    expected = load_json(output / "expected.json") if (output / "expected.json").exists() else None
+    with np.load(output / "neighbours.npz") as file:
+        similarity, index = file["similarity"][:, :NEAR], file["index"][:, :NEAR]
+    truth = read_solution(source, table["filename"])
+    table = table.assign(truth=truth if truth is not None else None, similarity=similarity[:, 0], confidence=similarity[:, 0])
+    if (output / "confidence.csv").exists():
+        sure = read_csv(output / "confidence.csv", ["filename", "confidence"])
+        if sure["filename"].equals(table["filename"]):
+            table["confidence"] = pd.to_numeric(sure["confidence"])
+    chosen = choose(table, args.most, args.seed)
+    shown = np.unique(index[chosen])
+    place = {row: i for i, row in enumerate(shown)}
+    photos = thumbnails([source / "test" / table["filename"][i] for i in chosen], "photographs")
+    gallery = thumbnails([source / train["path"][j] for j in shown], "gallery")
+    histogram, dots = shift(runs, load_folds(output, train) if (output / "folds.csv").exists() else None, device, args.seed)
+    page = {
+        "title": f"{len(table)} photographs, {train['label'].nunique()} labels, {len(train)} training images",
+        "tiles": tiles(output, load_json(output / "scores.json"), expected, runs),
+        "chosen": f"{len(chosen)} of {len(table)} photographs: the least confident, the least like any training image, wrong "
+                  "ones where the answers are known, and some at random.",
+        "queries": [{"file": table["filename"][i], "thumb": photo, "label": table["prediction"][i], "truth": table["truth"][i],
+                     "confidence": float(table["confidence"][i]), "similarity": float(similarity[i, 0]),
+                     "near": [[place[j], float(s)] for j, s in zip(index[i], similarity[i], strict=True)]}
+                    for i, photo in zip(chosen, photos, strict=True)],
+        "gallery": [{"path": train["path"][j], "label": train["label"][j], "thumb": photo}
+                    for j, photo in zip(shown, gallery, strict=True)],
+        "confused": confused(table, index, train, source),
+        "confused_says": "Test images with another true label, most frequent first." if truth is not None else
+                         "The label given and the next one among the neighbours; the true labels are not known.",
+        "runs": curves(output, runs), "histogram": histogram, "map": dots}
+    text = json.dumps(page, ensure_ascii=False).replace("<", "\\u003c")  # a label cannot end the script
+    template = (Path(__file__).parent / "report.html").read_text(encoding="utf-8")
+    save_text(output / "report.html", template.replace(">DATA<", f">{text}<"))
+    print(f"{output / 'report.html'}: {(output / 'report.html').stat().st_size / 1e6:.1f} MB")
+
+
+if __name__ == "__main__":
+    run(main)
