@@ -293,6 +293,14 @@ def augmentation_flags(parser):
         "(default 0)")
 
 
+def check_augmentation_flags(parser, args):
+    for name in ("flip", "affine_p", "cutout", "cutout_p", "crop", "grey", "blur", "shift", "zoom"):
+        if not 0 <= getattr(args, name) <= 1:
+            parser.error(f"--{name.replace('_', '-')} must be 0..1")
+    if not (0 <= args.jpeg <= 100 and 0 <= args.randaugment <= 30 and args.rotate >= 0 and args.colour >= 0):
+        parser.error("--jpeg must be 0..100, --randaugment 0..30, --rotate and --colour 0 or more")
+
+
 def augmentation(args):
     """uint8 [3, H, W] -> the same, by the flags of augmentation_flags; a zero switches its part off."""
     steps = [v2.RandomHorizontalFlip(args.flip)]

@@ -43,6 +43,7 @@ from dataset import (
     Images,
     augmentation,
     augmentation_flags,
+    check_augmentation_flags,
     check_images,
     check_test,
     default_workers,
@@ -122,8 +123,9 @@ def parse_args():
         parser.error("--n-folds must be 2 or more, --batch-size a multiple of --grad-accum that leaves 2 images a part")
     if min(args.test_size) < 1 or not 0 <= args.ema < 1 or min(args.head_first, args.mixup, args.cutmix) < 0:
         parser.error("--test-size must be 1 or more, --ema 0 or more and below 1, --head-first, --mixup, --cutmix 0 or more")
-    if args.mixup and args.cutmix:
-        parser.error("--mixup and --cutmix exclude each other")
+    if (args.mixup and args.cutmix) or not 0 <= args.pseudo_min <= 1 or not args.gem_p > 0:
+        parser.error("--mixup and --cutmix exclude each other, --pseudo-min must be 0..1, --gem-p more than 0")
+    check_augmentation_flags(parser, args)
     try:
         parse_clip(args.clip)
     except ValueError:
