@@ -11,6 +11,8 @@ import pandas as pd
 import pytest
 from conftest import script
 
+from dataset import read_image
+
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 
 
@@ -89,3 +91,19 @@ def test_the_page_works_in_a_browser(data, output, tmp_path):
     assert "CONSOLE" not in done.stderr, done.stderr
     title = done.stdout.split("<title>")[1].split("</title>")[0]
     assert json.loads(title) == [12, 1, 0, (table["prediction"] != table["label"]).sum(), 4]
+
+
+def test_the_onnx_model_embeds_as_extract_does(data, output):
+    runtime = pytest.importorskip("onnxruntime")
+    pytest.importorskip("onnxscript")
+    run = output / "test_nfnet" / "fold1"
+    said = script("scripts/export_onnx.py", "--run", "test_nfnet/fold1", "--input", data, "--output", output).stdout
+    assert "model.onnx" in said and "at least" in said
+    session = runtime.InferenceSession(str(run / "model.onnx"), providers=["CPUExecutionProvider"])
+    names = pd.read_csv(data / "sample_submission.csv", dtype=str)["filename"]
+    photos = np.stack([read_image(data / "test" / name) for name in names])
+    found = session.run(None, {"images": photos})[0]
+    stored = np.load(run / "test.npy")
+    cosine = (found * stored).sum(1) / np.linalg.norm(stored, axis=1)
+    assert found.shape == (12, 512) and np.allclose(np.linalg.norm(found, axis=1), 1, atol=1e-5) and cosine.min() > 0.9
+    assert "has no embeddings" in script("scripts/export_onnx.py", "--run", "x/fold9", "--output", output, code=2).stderr
