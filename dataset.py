@@ -162,7 +162,7 @@ def make_look_folds(features, labels, folds=5, seed=9999):
         fold[rows] = [to[number] for number in look]
         size += np.bincount(fold[rows], minlength=folds)
     if (size == 0).any():
-        raise InputError(f"{folds} folds need classes of {folds} or more different images; use fewer --n-folds")
+        raise InputError(f"{folds} looks need classes of {folds} or more different images; use fewer --n-folds (or --looks)")
     return fold
 
 
@@ -294,9 +294,11 @@ def augmentation_flags(parser):
 
 
 def check_augmentation_flags(parser, args):
-    for name in ("flip", "affine_p", "cutout", "cutout_p", "crop", "grey", "blur", "shift", "zoom"):
+    for name in ("flip", "affine_p", "cutout", "cutout_p", "crop", "grey", "blur", "shift"):
         if not 0 <= getattr(args, name) <= 1:
             parser.error(f"--{name.replace('_', '-')} must be 0..1")
+    if not 0 <= args.zoom < 1:
+        parser.error("--zoom must be 0 or more and below 1")
     if not (0 <= args.jpeg <= 100 and 0 <= args.randaugment <= 30 and args.rotate >= 0 and args.colour >= 0):
         parser.error("--jpeg must be 0..100, --randaugment 0..30, --rotate and --colour 0 or more")
 

@@ -65,7 +65,7 @@ def parse_args():
     add("--batch-size", type=int, default=0, help="images a batch; 0 = 64 on a CPU, 512 on a GPU, halved until it fits")
     add("--workers", type=int, default=default_workers(), help="loader processes (default min(8, cores - 1))")
     args = parser.parse_args()
-    if args.batch_size < 0 or min(args.size, *(args.test_size or [1])) < 1 or (args.gem_p or 1) <= 0:
+    if args.batch_size < 0 or min(args.size, *(args.test_size or [1])) < 1 or (args.gem_p is not None and not args.gem_p > 0):
         parser.error("--batch-size must be 0 or more, --size and --test-size 1 or more, --gem-p more than 0")
     if args.weights and not (args.arch and args.fold):
         parser.error("--weights needs --arch and --fold, which name the run that it becomes")
@@ -151,16 +151,20 @@ def embed_pass(model, images, device, precision, batch_size, workers, what, outp
 
 
 def load_model(folder, device):
-    """The model of an extracted run, as it gave the run's embeddings."""
-    model, power = build(load_checkpoint(folder / "best.pt")).to(device), load_json(folder / "extract.json")["gem_p"]
-    if power:
-        model.pool.p.data.fill_(power)
+    """The model of an extracted run as it gave the run's embeddings, but for --adapt-bn."""
+    model, stamp = build(load_checkpoint(folder / "best.pt")).to(device), load_json(folder / "extract.json")
+    if "gem_p" not in stamp:
+        raise InputError(f"{folder} was extracted by an earlier version; run extract.py again")
+    if stamp["gem_p"]:
+        model.pool.p.data.fill_(stamp["gem_p"])
     return model
 
 
 @torch.inference_mode()
 def adapt_bn(model, images, device, precision="fp32", batch_size=64, workers=0):
     """Replace the statistics of the model's batch norms by those of `images`, their mean over one pass."""
+    if min(len(images), batch_size) < 2:
+        raise InputError("--adapt-bn needs two test images and a batch of two or more")
     norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
     for norm in norms:
         norm.reset_running_stats()

@@ -48,6 +48,7 @@ if [[ -z $DEMO && ! -f $INPUT/train.csv ]]; then
     echo "To see it work first, without data: bash run_all.sh --demo" >&2
     exit 2
 fi
+[[ $ROUNDS =~ ^[1-9][0-9]*$ ]] || { echo "error: --rounds $ROUNDS: give 1, 2, ..." >&2; exit 2; }
 mkdir -p "$OUTPUT" || exit 2
 exec 9> "$OUTPUT/.run_all.lock"
 flock -n 9 || { echo "error: another run_all.sh is at work on $OUTPUT; wait for it or stop it" >&2; exit 2; }
@@ -80,6 +81,7 @@ for ((round = 1; round <= ROUNDS; round++)); do
     out=$OUTPUT pseudo=()
     if ((round > 1)); then
         ((${#failed[@]})) && break
+        [[ -f $before/confidence.csv ]] || { failed+=("round $round: no $before/confidence.csv, no run held images out"); break; }
         pseudo=(--pseudo "$before/confidence.csv") out=$OUTPUT/round$round
         mkdir -p "$out" && cp "$OUTPUT/folds.csv" "$out/" || exit 2
     fi
@@ -94,7 +96,7 @@ for ((round = 1; round <= ROUNDS; round++)); do
     for script in extract.py retrieve.py scripts/expect.py scripts/report.py scripts/summary.py; do
         name=$(basename "$script" .py)
         stage "$name" "$out/$name.log" "$PYTHON" "$script" --input "$INPUT" --output "$out" "${DEVICE[@]}" ||
-            { failed+=("$script: see $out/$name.log"); break; }
+            { failed+=("$script: see $out/$name.log"); [[ $script == scripts/* ]] || break; }
     done
     before=$out
 done

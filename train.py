@@ -314,7 +314,7 @@ def fit(folder, args, recorded, train, fold, device):
     seed_everything(args.seed)
     model = Model(args.arch, len(classes), args.head, args.scale, args.margin, args.sub_centres)
     model.pool.p.data.fill_(args.gem_p)
-    said = f"resuming after epoch {done}" if done else load_weights(model, args.arch, args.weights)[0]
+    said = f"resuming after epoch {done - args.head_first}" if done else load_weights(model, args.arch, args.weights)[0]
     model.to(device, memory_format=torch.channels_last)
     optimiser = make_optimiser(model, args)
     scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")

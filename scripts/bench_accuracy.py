@@ -16,7 +16,7 @@ import time
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from utils import InputError, atomic, run, script_parser, seed_everything
+from utils import InputError, atomic, autocast, pick_device, pick_precision, run, script_parser, seed_everything
 
 import pandas as pd
 import torch
@@ -102,7 +102,7 @@ def train(variant, fold, seed, args):
     start = time.time()
     done = subprocess.run(list(map(str, command)), capture_output=True, text=True)
     if done.returncode:
-        raise InputError(f"{variant}, fold {fold}, seed {seed} failed: {done.stderr.strip().splitlines()[-1]}")
+        raise InputError(f"{variant}, fold {fold}, seed {seed} failed: {(done.stderr.strip().splitlines() or ['killed'])[-1]}")
     if not folds.exists():
         folds.write_bytes((output / "folds.csv").read_bytes())
     last = pd.read_csv(run_folder(output, args.arch, fold) / "log.csv").iloc[-1]
@@ -113,11 +113,14 @@ def train(variant, fold, seed, args):
 
 def train_peer(fold, seed, args):
     """pytorch-metric-learning's ArcFace, with its own margin, scale and nearest-neighbour accuracy, on our backbone, images,
-    order, augmentation and schedule; returns its row."""
+    order, augmentation, precision and schedule; no class weights, and weight decay on all. Returns its row."""
     from pytorch_metric_learning.losses import ArcFaceLoss
     from pytorch_metric_learning.utils.accuracy_calculator import AccuracyCalculator
 
-    start, device, workers = time.time(), torch.device("cpu"), default_workers()
+    start, device, workers = time.time(), pick_device(), default_workers()
+    precision = pick_precision("auto", device)
+    if not (Path(args.output) / "folds.csv").exists():
+        raise InputError(f"{args.output}/folds.csv is not there; run another variant first, it draws the folds")
     parser = argparse.ArgumentParser()
     augmentation_flags(parser)
     recipe = parser.parse_args([])
@@ -129,9 +132,10 @@ def train_peer(fold, seed, args):
     for rows, augment in [(folds != fold, augmentation(recipe)), (folds != fold, None), (folds == fold, None)]:
         parts.append(Images(args.input, table["path"][rows], labels[rows], args.size, augment=augment, seed=seed))
     seed_everything(seed)
-    model = Model(args.arch, len(classes)).to(memory_format=torch.channels_last)
+    model = Model(args.arch, len(classes))
     load_weights(model, args.arch, "auto")
-    loss = ArcFaceLoss(len(classes), EMBEDDING)
+    model.to(device, memory_format=torch.channels_last)
+    loss = ArcFaceLoss(len(classes), EMBEDDING).to(device)
     sampler = EpochSampler(len(parts[0]), seed)
     loader = make_loader(parts[0], 32, workers, device, sampler)
     lr, scale = float(BASE[1]), float(BASE[3])
@@ -144,10 +148,12 @@ def train_peer(fold, seed, args):
         for step, (batch, truth) in enumerate(loader):
             for group in optimiser.param_groups:
                 group["lr"] = lr * group["scale"] * lr_factor(epoch + (step + 1) / len(loader), args.epochs, 1.0)
-            loss(model(batch), truth).backward()
+            with autocast(device, precision):
+                embedded = model(batch.to(device))
+            loss(embedded, truth.to(device)).backward()
             optimiser.step()
             optimiser.zero_grad()
-    gallery, query = (torch.from_numpy(embed(model, part, device, workers=workers)) for part in parts[1:])
+    gallery, query = (torch.from_numpy(embed(model, part, device, precision, workers=workers)) for part in parts[1:])
     said = AccuracyCalculator(include=("precision_at_1",), k=1).get_accuracy(
         F.normalize(query), parts[2].labels, F.normalize(gallery), parts[1].labels)
     return {"variant": PEER, "arch": args.arch, "size": args.size, "epochs": args.epochs, "fold_by": args.fold_by,

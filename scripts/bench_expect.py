@@ -18,11 +18,11 @@ from utils import InputError, atomic, pick_device, run, script_parser
 import numpy as np
 import pandas as pd
 import torch
-from expect import expect
+from expect import expect, known_looks
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as TF
 
-from dataset import Images, default_workers, encode, load_folds, read_csv, read_solution, read_test, read_train
+from dataset import Images, default_workers, encode, load_folds, read_solution, read_test, read_train
 from extract import embed, load_model
 from retrieve import load_runs
 
@@ -78,7 +78,7 @@ def main():
         raise InputError(f"{args.input}/solution.csv is not there; without it nothing tells how true an expectation is")
     classes, labels = encode(train["label"])
     runs, fold = load_runs(args.output, args.runs, train, test), load_folds(args.output, train)
-    by_look = read_csv(Path(args.output) / "folds.csv", ["path"]).get("by", ["random"])[0] == "look"
+    part = known_looks(args.output, train, fold)
     picked = np.sort(np.random.default_rng(args.seed).permutation(len(test))[:args.n])
     rows = []
     for shift in args.shifts:
@@ -89,17 +89,17 @@ def main():
                             stamp["sizes"][0], stamp["resize"], SHIFTS[shift], args.seed)
             embedded = embed(model, images, device, stamp["precision"], workers=default_workers(), sizes=stamp["sizes"])
             shifted.append(r | {"test": embedded})
-        _, number, _, figures = expect(shifted, fold, by_look, labels, len(classes), args, device)
+        _, number, _, figures = expect(shifted, fold, part, labels, len(classes), args, device)
         right = np.array(classes, object)[number] == truth[picked]
-        del figures["calibration"]
+        del figures["calibration"], figures["runs"]
         rows.append({"shift": shift, "true": round(float(right.mean()), 4), **figures})
         print(rows[-1], flush=True)
     table = pd.DataFrame(rows)
     with atomic(Path(args.output) / "expected.csv") as temporary:
         table.to_csv(temporary, index=False)
     print("mean absolute error:")
-    for name in ("expected", "by_evidence", "by_agreement", "out_of_fold", "average_thresholded_confidence",
-                 "difference_of_confidences"):
+    for name in ("expected", "by_evidence", "by_agreement", "held_out", "held_out_other_looks",
+                 "average_thresholded_confidence", "difference_of_confidences"):
         print(f"  {name:32} {(table[name] - table['true']).abs().mean():.3f}")
     inside = ((table["low"] <= table["true"]) & (table["true"] <= table["high"])).mean()
     print(f"inside the interval: {inside:.2f}")

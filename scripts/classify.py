@@ -68,8 +68,12 @@ def classify(photos, runs, labels, classes, args, device):
     similarity, index = topk(Joined([r["test"] for r in runs]), Joined([r["train"] for r in runs]), NEIGHBOURS, device=device)
     best = class_best(similarity, labels[index], classes)
     confidence, file = None, Path(args.output) / "expected.json"
-    if file.exists():
-        confidence = confide(best, load_json(file)["calibration"], runs, labels, device)[0]
+    expected = load_json(file) if file.exists() else {"runs": None}
+    if expected["runs"] == {r["name"]: r["stamp"]["checkpoint"] for r in runs}:
+        confidence = confide(best, expected["calibration"], runs, labels, device)[0]
+    else:
+        print(f"no confidence: {file} is not there or of other runs; scripts/expect.py with the same --runs writes it",
+              file=sys.stderr)
     return best.argmax(1), confidence, similarity[:, :args.k], index[:, :args.k]
 
 

@@ -19,11 +19,12 @@ import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from utils import accuracy, atomic, pick_device, run, save_json, script_parser
+from utils import accuracy, atomic, load_json, pick_device, run, save_json, script_parser
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from scipy.special import expit
 from sklearn.isotonic import IsotonicRegression
 from sklearn.linear_model import LogisticRegression
 from sklearn.model_selection import cross_val_score
@@ -33,7 +34,7 @@ from retrieve import load_runs
 from search import Joined, topk
 
 NEIGHBOURS = 100  # looked at for the evidence: enough that several classes are among them
-LEAST_ERROR = 0.05  # half the interval at least: what nine of ten shifts kept to that were measured, see the README
+LEAST_ERROR = 0.05  # half the interval at least, by the errors measured; see the README
 
 
 def parse_args():
@@ -52,9 +53,13 @@ def parse_args():
 
 
 def class_best(similarity, label, classes):
-    """Best similarity of each class among the neighbours [n, K] -> float32 [n, C]; a class without one gets the row's least."""
-    best = torch.from_numpy(similarity).amin(1, keepdim=True).repeat(1, classes)
-    return best.scatter_reduce(1, torch.from_numpy(label), torch.from_numpy(similarity), "amax").numpy()
+    """Best similarity of each class among the NEIGHBOURS nearest of the pairs [n, K] -> float32 [n, C]; a class without one
+    there gets the least. Pairs at -inf do not count."""
+    order = np.argsort(-similarity, 1, kind="stable")[:, :NEIGHBOURS]
+    near, which = np.take_along_axis(similarity, order, 1), np.take_along_axis(label, order, 1)
+    least = np.where(np.isfinite(near), near, np.inf).min(1, keepdims=True)
+    best = torch.from_numpy(least).repeat(1, classes)
+    return best.scatter_reduce(1, torch.from_numpy(which), torch.from_numpy(near), "amax").numpy()
 
 
 def held_out(arrays, rows, labels, looks, classes, device):
@@ -62,23 +67,30 @@ def held_out(arrays, rows, labels, looks, classes, device):
     images, and against all but those of the image's own look: two float32 [n, C]."""
     alike = int(np.bincount(looks).max())
     similarity, index = topk(Joined(arrays, rows), Joined(arrays), NEIGHBOURS + alike, rows, device)
-    other = np.where(looks[index] == looks[rows, None], similarity.min(1, keepdims=True), similarity)
+    other = np.where(looks[index] == looks[rows, None], np.float32(-np.inf), similarity)
     return tuple(class_best(part, labels[index], classes) for part in (similarity, other))
 
 
-def own_looks(arrays, labels, fold, by_look, looks, seed):
-    """A number for the look of each image [N] int64: its fold's share of the class where folds are by look, else clusters."""
-    part = fold if by_look else make_look_folds(Joined(arrays)[:], labels, looks, seed)
+def own_looks(arrays, labels, part, looks, seed):
+    """A number for the look of each image [N] int64: its `part` [N] (fold by look, or group) of the class, or, where there is
+    None, its cluster of alike images."""
+    part = make_look_folds(Joined(arrays)[:], labels, looks, seed) if part is None else part
     return np.unique(labels * (part.max() + 2) + part + 1, return_inverse=True)[1]
 
 
-def out_of_fold(runs, fold, by_look, labels, classes, args, device):
+def known_looks(output, train, fold):
+    """What tells a class's looks apart [N]: the folds where they were drawn by look, the groups where by group; or None."""
+    by = read_csv(Path(output) / "folds.csv", ["path"]).get("by", ["random"])[0]
+    return fold if by == "look" else np.array(encode(train["group"])[1]) if by == "group" else None
+
+
+def out_of_fold(runs, fold, part, labels, classes, args, device):
     """held_out of all images by the runs of their fold: (rows, against all, against other looks)."""
     found = []
     for k in range(fold.max() + 1):
         arrays, rows = [r["train"] for r in runs if r["fold"] == str(k)], np.flatnonzero(fold == k)
         if arrays and len(rows):
-            looks = own_looks(arrays, labels, fold, by_look, args.looks, args.seed)
+            looks = own_looks(arrays, labels, part, args.looks, args.seed)
             found.append((rows, *held_out(arrays, rows, labels, looks, classes, device)))
     return [np.concatenate(parts) for parts in zip(*found, strict=True)]
 
@@ -99,25 +111,27 @@ def fit_sharpness(best, truth):
     return log.exp().item()
 
 
-def certainty(best, sharpness):
-    """Probability of the best class if classes compete by softmax(sharpness * similarity), [n, C] -> [n]."""
-    return torch.from_numpy(best * np.float32(sharpness)).softmax(1).amax(1).numpy()
+def log_odds(best, sharpness):
+    """Log odds of the best class against all others if they compete by softmax(sharpness * similarity), [n, C] -> [n]."""
+    score = torch.from_numpy(best * np.float32(sharpness))
+    top = score.max(1, keepdim=True)
+    return (top.values[:, 0] - score.scatter(1, top.indices, -torch.inf).logsumexp(1)).numpy()
 
 
 def calibrate(best, truth):
     """Learn from held-out images how often the best class is right. The softmax's sharpness is fitted (temperature scaling: Guo
-    et al., On calibration, ICML 2017), then corrected by isotonic regression (Zadrozny and Elkan, KDD 2002). Returns plain
-    numbers for `probability`: the sharpness, and the corners of the correcting curve."""
-    sharpness = fit_sharpness(best, truth)
-    curve = IsotonicRegression(y_min=0, y_max=1, out_of_bounds="clip")
-    curve.fit(certainty(best, sharpness), best.argmax(1) == truth)
-    return {"sharpness": sharpness, "certainty": curve.X_thresholds_.tolist(), "probability": curve.y_thresholds_.tolist()}
+    et al., On calibration, ICML 2017), then corrected by isotonic regression (Zadrozny and Elkan, KDD 2002), which also sees
+    one guess right by chance, and never says more than (n + 1) / (n + 2). Returns plain numbers for `probability`: the
+    sharpness, and the corners of the correcting curve."""
+    sharpness, (count, classes) = fit_sharpness(best, truth), best.shape
+    curve = IsotonicRegression(y_min=0, y_max=(count + 1) / (count + 2))
+    curve.fit(np.append(log_odds(best, sharpness), -np.log(classes - 1)), np.append(best.argmax(1) == truth, 1 / classes))
+    return {"sharpness": sharpness, "log_odds": curve.X_thresholds_.tolist(), "probability": curve.y_thresholds_.tolist()}
 
 
 def probability(best, calibration):
     """Probability that the best class is right, [n, C] -> [n], by what `calibrate` learned."""
-    certain = certainty(best, calibration["sharpness"])
-    return np.interp(certain, calibration["certainty"], calibration["probability"])
+    return np.interp(log_odds(best, calibration["sharpness"]), calibration["log_odds"], calibration["probability"])
 
 
 def agreement(runs, labels, device):
@@ -144,7 +158,7 @@ def confide(best, calibration, runs, labels, device):
 def average_thresholded_confidence(held, right, test):
     """Share of the test images above the confidence that the right share of the held-out ones exceeds.
     Source: Garg et al., Leveraging unlabeled data to predict out-of-distribution performance, ICLR 2022."""
-    return float((test > np.quantile(held, 1 - right.mean())).mean())
+    return float((test >= np.quantile(held, 1 - right.mean())).mean())
 
 
 def difference_of_confidences(held, right, test):
@@ -155,11 +169,13 @@ def difference_of_confidences(held, right, test):
 
 def tell_apart(held, test, seed, most=2000):
     """Balanced accuracy of telling held-out training images from test images by one run's embeddings, cross-validated logistic
-    regression on equally many of both: 0.5 they look alike, 1 every image gives itself away.
+    regression on equally many of both: 0.5 they look alike, 1 every image gives itself away. None for fewer than two of each.
     Source: the classifier two-sample test, Lopez-Paz and Oquab, ICLR 2017."""
     rng, count = np.random.default_rng(seed), min(len(held), len(test), most)
+    if count < 2:
+        return None
     x = np.concatenate([part[np.sort(rng.permutation(len(part))[:count])] for part in (held, test)])
-    return float(cross_val_score(LogisticRegression(max_iter=1000), x, np.repeat([0, 1], count), cv=5).mean())
+    return round(cross_val_score(LogisticRegression(max_iter=1000), x, np.repeat([0, 1], count), cv=min(5, count)).mean(), 4)
 
 
 def shift(run_, fold, seed, device):
@@ -168,16 +184,16 @@ def shift(run_, fold, seed, device):
     gallery, held, test = Joined([run_["train"]]), Joined([run_["train"]], rows), Joined([run_["test"]])
     near = [topk(queries, gallery, 1, own, device)[0][:, 0] for queries, own in [(held, rows), (test, None)]]
     apart = tell_apart(held[:], test[:], seed)
-    return {"told_apart": round(apart, 4), "similarity_held_out": round(float(np.median(near[0])), 4),
+    return {"told_apart": apart, "similarity_held_out": round(float(np.median(near[0])), 4),
             "similarity_test": round(float(np.median(near[1])), 4)}
 
 
 # ------------------------------------------------------------------------------------------------------------- the work
 
 
-def expect(runs, fold, by_look, labels, classes, args, device):
+def expect(runs, fold, part, labels, classes, args, device):
     """(confidence [n], class number [n], nearest similarity [n], figures for expected.json)."""
-    rows, random, look = out_of_fold(runs, fold, by_look, labels, classes, args, device)
+    rows, random, look = out_of_fold(runs, fold, part, labels, classes, args, device)
     truth = labels[rows]
     similarity, index = topk(Joined([r["test"] for r in runs]), Joined([r["train"] for r in runs]), NEIGHBOURS, device=device)
     best = class_best(similarity, labels[index], classes)
@@ -187,21 +203,27 @@ def expect(runs, fold, by_look, labels, classes, args, device):
     expected = float(confidence.mean())
     half = (LEAST_ERROR**2 + apart**2 + 1.64**2 * expected * (1 - expected) / len(confidence)) ** 0.5
     sharpness = fit_sharpness(random, truth)
-    held, right, test = certainty(random, sharpness), random.argmax(1) == truth, certainty(best, sharpness)
+    held, right, test = log_odds(random, sharpness), random.argmax(1) == truth, log_odds(best, sharpness)
     figures = {"expected": expected, "low": max(0.0, expected - half), "high": min(1.0, expected + half),
                "by_evidence": evidence.mean(), "by_agreement": None if agreed is None else agreed.mean(),
-               "out_of_fold": right.mean(), "out_of_fold_other_looks": accuracy(look.argmax(1), truth),
+               "held_out": right.mean(), "held_out_other_looks": accuracy(look.argmax(1), truth),
                "average_thresholded_confidence": average_thresholded_confidence(held, right, test),
-               "difference_of_confidences": difference_of_confidences(held, right, test)}
+               "difference_of_confidences": difference_of_confidences(expit(held), right, expit(test))}
     figures = {name: value if value is None else round(float(value), 4) for name, value in figures.items()}
     first = next(r for r in runs if str(r["fold"]).isdecimal())
-    figures |= shift(first, fold, args.seed, device) | {"calibration": calibration}
+    figures |= shift(first, fold, args.seed, device)
+    figures |= {"runs": {r["name"]: r["stamp"]["checkpoint"] for r in runs}, "calibration": calibration}
     return confidence, best.argmax(1), similarity[:, 0], figures
 
 
 def main():
     args = parse_args()
     device = pick_device(args.device)
+    for name in ("confidence.csv", "expected.json"):
+        (Path(args.output) / name).unlink(missing_ok=True)
+    if not (Path(args.input) / "sample_submission.csv").exists():
+        print("no test images, nothing to expect")
+        return
     train, test = read_train(args.input), read_test(args.input)
     classes, labels = encode(train["label"])
     runs = load_runs(args.output, args.runs, train, test)
@@ -209,8 +231,8 @@ def main():
         print("no run held images out, so nothing is known of the accuracy to expect; train runs of folds, not of 'all'")
         return
     fold = load_folds(args.output, train)
-    by_look = read_csv(Path(args.output) / "folds.csv", ["path"]).get("by", ["random"])[0] == "look"
-    confidence, number, similarity, figures = expect(runs, fold, by_look, labels, len(classes), args, device)
+    part = known_looks(args.output, train, fold)
+    confidence, number, similarity, figures = expect(runs, fold, part, labels, len(classes), args, device)
 
     table = test[["filename"]].assign(prediction=np.array(classes, object)[number], confidence=confidence.round(4),
                                       similarity=similarity.round(4))
@@ -219,10 +241,12 @@ def main():
     with atomic(Path(args.output) / "confidence.csv") as temporary:
         table.to_csv(temporary, index=False)
     save_json(Path(args.output) / "expected.json", figures)
-    print(f"out-of-fold {figures['out_of_fold']:.2f} ({figures['out_of_fold_other_looks']:.2f} against other looks); on these "
+    print(f"held out {figures['held_out']:.2f} ({figures['held_out_other_looks']:.2f} against other looks); on these "
           f"test images expect {figures['expected']:.2f} ({figures['low']:.2f}-{figures['high']:.2f})")
-    print(f"test images are told from held-out training images with accuracy {figures['told_apart']:.2f} (0.50: they look "
-          f"alike); nearest image at {figures['similarity_test']:.2f}, held out {figures['similarity_held_out']:.2f}")
+    print(f"test images are told from held-out training images with accuracy {figures['told_apart'] or 0.5:.2f} (0.50: they "
+          f"look alike); nearest image at {figures['similarity_test']:.2f}, held out {figures['similarity_held_out']:.2f}")
+    if any(load_json(Path(args.output) / r["name"] / "args.json").get("pseudo") for r in runs):
+        print("these runs trained on confident test images: their expectation confirms itself, that of the round before counts")
     least = table.sort_values("similarity", kind="stable").head(5)
     print("least like anything in the gallery: " + ", ".join(f"{n} ({s:.2f})" for n, s in
                                                              zip(least["filename"], least["similarity"], strict=True)))

@@ -56,7 +56,7 @@ def thumbnails(paths, what):
 
 def choose(table, most, seed):
     """Rows of the test images to show: a quarter each of the least confident, the least similar, the wrong, and at random."""
-    order = [table["confidence"].argsort(kind="stable"), table["similarity"].argsort(kind="stable"),
+    order = [table["confidence"].fillna(2).argsort(kind="stable"), table["similarity"].argsort(kind="stable"),
              np.flatnonzero(table["truth"].notna() & (table["truth"] != table["prediction"])),
              np.random.default_rng(seed).permutation(len(table))]
     chosen = dict.fromkeys(int(i) for part in order for i in np.asarray(part)[:max(1, most // 4)])
@@ -76,11 +76,10 @@ def confused(table, index, train, source, most=12):
     pairs = pd.DataFrame({"said": table["prediction"], "other": other, "row": np.arange(len(table))}).dropna()
     pairs, result = pairs[pairs["said"] != pairs["other"]], []
     for (said, true), rows in sorted(pairs.groupby(["said", "other"])["row"], key=lambda pair: -len(pair[1]))[:most]:
-        files = [source / "test" / table["filename"][i] for i in rows[:3]]
-        files += [source / train["path"][train.index[train["label"] == label][0]] for label in (said, true)]
-        texts = ["test image"] * len(rows[:3]) + [said, true]
+        files = {source / "test" / table["filename"][i]: "test image" for i in rows[:3]}
+        files |= {source / train["path"][i]: label for label in (said, true) for i in train.index[train["label"] == label][:1]}
         says = f"{true} taken for {said}: {len(rows)}" if known else f"{said}, next {true}: {len(rows)}"
-        result.append({"says": says, "pictures": list(zip(map(thumbnail, files), texts, strict=True))})
+        result.append({"says": says, "pictures": [(thumbnail(f), text) for f, text in files.items()]})
     return result
 
 
@@ -127,7 +126,7 @@ def tiles(output, scores, expected, runs):
         for vote, value in (scores[split] or {}).items():
             if vote in ("head", "nearest", scores["vote"]):
                 said.append((f"{value:.3f}", f"accuracy of {vote} {name}"))
-    if expected:
+    if expected and expected["told_apart"] is not None:
         said.append((f"{expected['told_apart']:.2f}", "how well test images are told from training images (0.50: not at all)"))
     said.append((str(len(runs)), "runs"))
     if (output / "times.csv").exists():
@@ -139,6 +138,9 @@ def tiles(output, scores, expected, runs):
 def main():
     args = parse_args()
     source, output, device = Path(args.input), Path(args.output), pick_device(args.device)
+    if not (source / "sample_submission.csv").exists():
+        print("no test images, nothing to report")
+        return
     for name in ("submission.csv", "neighbours.npz", "scores.json"):
         if not (output / name).exists():
             raise InputError(f"{output / name} is not there; run retrieve.py first")
@@ -148,11 +150,12 @@ def main():
     with np.load(output / "neighbours.npz") as file:
         similarity, index = file["similarity"][:, :NEAR], file["index"][:, :NEAR]
     truth = read_solution(source, table["filename"])
-    table = table.assign(truth=truth if truth is not None else None, similarity=similarity[:, 0], confidence=similarity[:, 0])
+    table = table.assign(truth=truth, similarity=similarity[:, 0], confidence=np.nan)
     if (output / "confidence.csv").exists():
-        sure = read_csv(output / "confidence.csv", ["filename", "confidence"])
-        if sure["filename"].equals(table["filename"]):
-            table["confidence"] = pd.to_numeric(sure["confidence"])
+        sure = read_csv(output / "confidence.csv", ["filename", "prediction", "confidence"])
+        if sure["filename"].equals(table["filename"]):  # it is for the label of the nearest image: another vote may differ
+            agree = sure["prediction"] == table["prediction"]
+            table["confidence"] = pd.to_numeric(sure["confidence"]).where(agree)
     chosen = choose(table, args.most, args.seed)
     shown = np.unique(index[chosen])
     place = {row: i for i, row in enumerate(shown)}
@@ -165,7 +168,8 @@ def main():
         "chosen": f"{len(chosen)} of {len(table)} photographs: the least confident, the least like any training image, wrong "
                   "ones where the answers are known, and some at random.",
         "queries": [{"file": table["filename"][i], "thumb": photo, "label": table["prediction"][i], "truth": table["truth"][i],
-                     "confidence": float(table["confidence"][i]), "similarity": float(similarity[i, 0]),
+                     "confidence": None if np.isnan(table["confidence"][i]) else float(table["confidence"][i]),
+                     "similarity": float(similarity[i, 0]),
                      "near": [[place[j], float(s)] for j, s in zip(index[i], similarity[i], strict=True)]}
                     for i, photo in zip(chosen, photos, strict=True)],
         "gallery": [{"path": train["path"][j], "label": train["label"][j], "thumb": photo}

@@ -16,7 +16,10 @@ def test_evidence_by_hand():
     similarity, label = np.array([[0.9, 0.8, 0.5, 0.4]], np.float32), np.array([[2, 2, 0, 1]])
     best = expect.class_best(similarity, label, 4)
     assert np.allclose(best, [[0.5, 0.4, 0.9, 0.4]])
-    assert np.allclose(expect.certainty(best, 2.0), np.exp(1.8) / np.exp(2 * best).sum())
+    chance = np.exp(1.8) / np.exp(2 * best).sum()
+    assert np.allclose(expect.log_odds(best, 2.0), np.log(chance / (1 - chance)))
+    gone = np.array([[-np.inf, -np.inf, 0.5, 0.4]], np.float32)
+    assert np.allclose(expect.class_best(gone, label, 4), [[0.5, 0.4, 0.4, 0.4]])
 
 
 def test_held_out_images_meet_all_others_or_only_other_looks():
@@ -35,10 +38,10 @@ def test_held_out_images_meet_all_others_or_only_other_looks():
 
 def test_looks_are_folds_or_clusters():
     labels, fold = np.array([0, 0, 0, 1, 1, 1]), np.array([0, 1, 0, 0, -1, 1])
-    looks = expect.own_looks([np.zeros((6, 2), np.float32)], labels, fold, True, 5, 0)
+    looks = expect.own_looks([np.zeros((6, 2), np.float32)], labels, fold, 5, 0)
     assert looks[0] == looks[2] and len(set(looks)) == 5
     x = np.array([[1, 0], [1, 0.01], [0, 1], [1, 0], [0, 1], [0.01, 1]], np.float32)
-    looks = expect.own_looks([x], labels, fold, False, 2, 0)
+    looks = expect.own_looks([x], labels, None, 2, 0)
     assert looks[0] == looks[1] != looks[2] and looks[4] == looks[5] != looks[3] and len(set(looks)) == 4
 
 
@@ -55,6 +58,24 @@ def test_calibration_finds_the_true_probability():
     chance = np.exp(12 * easy.astype(np.float64))
     chance /= chance.sum(1, keepdims=True)
     assert np.abs(expect.probability(easy, calibration) - chance.max(1)).mean() < 0.03
+
+
+def test_perfect_held_out_images_make_no_certainty():
+    best = np.tile(np.float32([0.9, 0.1, 0.1]), (50, 1))
+    calibration = expect.calibrate(best, np.zeros(50, np.int64))
+    assert expect.probability(best, calibration).max() <= 51 / 52
+    assert expect.probability(np.float32([[0.5, 0.5, 0.5]]), calibration) == pytest.approx(1 / 3, abs=1e-3)
+
+
+def test_many_images_a_class_do_not_blunt_the_evidence():
+    """More images a class than neighbours looked at: test images as the held-out ones get the same evidence."""
+    rng = np.random.default_rng(3)
+    labels = np.repeat(np.arange(3), 200)
+    x = (np.eye(3, 8)[labels] + 0.3 * rng.normal(size=(600, 8))).astype(np.float32)
+    rows = np.arange(0, 600, 3)
+    held = expect.held_out([x], rows, labels, np.arange(600), 3, "cpu")
+    similarity, index = expect.topk(x[rows], x, expect.NEIGHBOURS, rows)
+    assert all(np.allclose(part, expect.class_best(similarity, labels[index], 3)) for part in held)
 
 
 def test_agreement_is_with_all_the_others_together():
@@ -76,6 +97,7 @@ def test_sets_are_told_apart_only_if_they_differ():
     x = np.random.default_rng(2).normal(size=(400, 4)).astype(np.float32)
     assert abs(expect.tell_apart(x[:200], x[200:], 0) - 0.5) < 0.1
     assert expect.tell_apart(x[:200], x[200:] + 9, 0) > 0.99
+    assert expect.tell_apart(x[:3], x[200:] + 9, 0) > 0.6 and expect.tell_apart(x[:1], x, 0) is None
 
 
 def test_the_expected_accuracy_is_written_beside_the_submission(data, output):

@@ -346,6 +346,7 @@ def test_run_all_says_what_is_missing_and_refuses_a_second_copy(data, tmp_path):
                              stderr=subprocess.STDOUT, start_new_session=True)
     while "epoch 1/500" not in (line := first.stdout.readline()):
         assert line or first.poll() is None
+    assert "--rounds two" in run_all("--rounds", "two", *flags, code=2).stderr
     assert "another run_all.sh is at work" in run_all(*flags, code=2).stderr
     os.kill(first.pid, signal.SIGTERM)
     rest = first.communicate(timeout=30)[0]

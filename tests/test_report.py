@@ -107,3 +107,11 @@ def test_the_onnx_model_embeds_as_extract_does(data, output):
     cosine = (found * stored).sum(1) / np.linalg.norm(stored, axis=1)
     assert found.shape == (12, 512) and np.allclose(np.linalg.norm(found, axis=1), 1, atol=1e-5) and cosine.min() > 0.9
     assert "has no embeddings" in script("scripts/export_onnx.py", "--run", "x/fold9", "--output", output, code=2).stderr
+
+
+def test_without_test_images_there_is_nothing_to_expect_or_report(data, output, tmp_path):
+    source = shutil.copytree(data, tmp_path / "d")
+    (source / "sample_submission.csv").unlink()
+    for name in ("expect", "report"):
+        assert "no test images" in script(f"scripts/{name}.py", "--input", source, "--output", output).stdout
+    assert not (output / "expected.json").exists(), "an old expectation is no expectation"
