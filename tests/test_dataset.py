@@ -6,10 +6,9 @@ from utils import InputError
 
 import cv2
 import numpy as np
-import pandas as pd
 import pytest
 import torch
-from conftest import GROCERY, make_data, script
+from conftest import make_data
 from PIL import Image
 from torch.utils.data import DataLoader
 
@@ -272,12 +271,3 @@ def test_a_bad_image_in_a_worker_is_one_sentence(tmp_path):
     with pytest.raises(InputError) as error:
         list(DataLoader(images, 2, num_workers=1))
     assert "q00.jpg" in str(error.value) and len(str(error.value).splitlines()) == 1
-
-
-@pytest.mark.skipif(not GROCERY.exists(), reason=f"the Grocery Store data set is not at {GROCERY}")
-def test_grocery_in_the_contract_s_form(tmp_path):
-    script("scripts/prepare_grocery.py", GROCERY, "--output", tmp_path)
-    train, test = read_train(tmp_path), read_test(tmp_path)
-    assert (len(train), len(test), train["label"].nunique()) == (2936, 2485, 81)
-    assert pd.Series(read_solution(tmp_path, test["filename"])).isin(train["label"]).all()
-    check_images(tmp_path, train["path"][::50])

@@ -1,0 +1,163 @@
+"""Public data sets in this project's form; and a plain tree of one folder a label.
+
+    grocery       Grocery Store, github.com/marcusklasson/GroceryStoreDataset: its train + val against its test, 81 labels
+    products10k   Products-10K, products-10k.github.io: train.csv against test_kaggletest.csv, groups kept
+    rp2k          RP2K, pinlandata.com/rp2k_dataset: all/train/<label>/ against all/test/<label>/
+    sop           Stanford Online Products: its labels of train and test do not overlap, so the last photograph of each label of
+                  Ebay_test.txt becomes a test image, the others the training images
+    folders       SRC/train/<label>/ against SRC/test/<label>/; without these two, SRC/<label>/, and of each label the share
+                  --test-share, drawn at random, becomes test images
+
+Reads  SRC, the unpacked data set
+Writes OUT/{train.csv,sample_submission.csv,solution.csv} and the links OUT/images and OUT/test to SRC (or, --copy, the images)
+
+    python scripts/prepare.py grocery ~/GroceryStoreDataset
+    python scripts/prepare.py folders ~/photos --output input/mine --test-share 0.2
+"""
+
+import shutil
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from utils import InputError, atomic, progress, run, script_parser
+
+import numpy as np
+import pandas as pd
+
+SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff"}
+
+
+def parse_args():
+    parser = script_parser(__doc__, folders=False, device=False)
+    add = parser.add_argument
+    add("form", choices=FORMS, metavar="|".join(FORMS), help="which data set SRC holds")
+    add("source", metavar="SRC", help="folder of the unpacked data set")
+    add("--output", help="default input/<form>")
+    add("--test-share", type=float, default=0.2, help="folders without train/ and test/: share of test images (default 0.2)")
+    add("--seed", type=int, default=0, help="of that draw (default 0)")
+    add("--copy", action="store_true", help="copy the images instead of linking to SRC")
+    args = parser.parse_args()
+    if not 0 < args.test_share < 1:
+        parser.error("--test-share must be more than 0 and less than 1")
+    args.output = args.output or f"input/{args.form}"
+    return args
+
+
+def read_table(file, **options):
+    try:
+        return pd.read_csv(file, dtype=str, keep_default_na=False, **options)
+    except (OSError, ValueError) as error:
+        raise InputError(f"{file} cannot be read as a list of this data set: {error}") from None
+
+
+def column(table, name, file):
+    if name not in table.columns:
+        raise InputError(f"{file} has no column {name!r}, only {', '.join(map(repr, table.columns))}; is this the data set?")
+    return table[name]
+
+
+# ------------------------------------------- each form: (train, test), DataFrames of path below SRC and label[, group of train]
+
+
+def grocery(source, args):
+    if not (source / "classes.csv").exists():
+        source = source / "dataset"
+    file = source / "classes.csv"
+    classes = read_table(file)
+    names = dict(zip(column(classes, "Class ID (int)", file), column(classes, "Class Name (str)", file), strict=True))
+    parts = []
+    for split in ("train", "val", "test"):
+        rows = read_table(source / f"{split}.txt", names=["path", "label", "coarse"], skipinitialspace=True)
+        parts.append(pd.DataFrame({"path": rows["path"], "label": rows["label"].map(names)}))
+    return source, pd.concat(parts[:2], ignore_index=True), parts[2]
+
+
+def products10k(source, args):
+    def rows(name, folder):
+        table = read_table(source / name)
+        path = folder + "/" + column(table, "name", source / name)
+        return pd.DataFrame({"path": path, "label": column(table, "class", source / name), "group": table.get("group", "")})
+
+    test = next((n for n in ("test_kaggletest.csv", "test.csv") if (source / n).exists()), "test_kaggletest.csv")
+    return source, rows("train.csv", "train"), rows(test, "test")[["path", "label"]]
+
+
+def rp2k(source, args):
+    return trees(source / "all" if (source / "all").is_dir() else source)
+
+
+def sop(source, args):
+    file = source / "Ebay_test.txt"
+    table = read_table(file, sep=" ")
+    table = pd.DataFrame({"path": column(table, "path", file), "label": column(table, "class_id", file)})
+    last = ~table["label"].duplicated(keep="last") & table["label"].duplicated(keep="first")
+    return source, table[~last].reset_index(drop=True), table[last].reset_index(drop=True)
+
+
+def folders(source, args):
+    if (source / "train").is_dir() and (source / "test").is_dir():
+        return trees(source)
+    table = tree(source, "")
+    order = np.random.default_rng(args.seed).permutation(len(table))
+    place = table.iloc[order].groupby("label").cumcount().reindex(table.index)
+    test = place < (args.test_share * table.groupby("label")["path"].transform("size")).round()
+    return source, table[~test].reset_index(drop=True), table[test].reset_index(drop=True)
+
+
+def tree(source, split):
+    """Images of SRC/split/<label>/..."""
+    base = source / split
+    files = sorted(p for p in base.glob("*/**/*") if p.suffix.lower() in SUFFIXES)
+    if not files:
+        raise InputError(f"{base} holds no folders of images ({', '.join(sorted(SUFFIXES))})")
+    return pd.DataFrame({"path": [p.relative_to(source).as_posix() for p in files],
+                         "label": [p.relative_to(base).parts[0] for p in files]})
+
+
+def trees(source):
+    return source, tree(source, "train"), tree(source, "test")
+
+
+FORMS = {"grocery": grocery, "products10k": products10k, "rp2k": rp2k, "sop": sop, "folders": folders}
+
+
+# ------------------------------------------------------------------------------------------------------------- the work
+
+
+def place(source, output, train, test, copy):
+    """Links OUT/images and OUT/test to SRC, or copies of the images."""
+    for name, table in (("images", train), ("test", test)):
+        target = output / name
+        if not copy:
+            if not target.is_symlink() and not target.exists():
+                target.symlink_to(source)
+            continue
+        for path in progress(table["path"], f"copying {name}"):
+            (target / path).parent.mkdir(parents=True, exist_ok=True)
+            if not (target / path).exists():
+                shutil.copy(source / path, target / path)
+
+
+def save(table, path):
+    with atomic(path) as temporary:
+        table.to_csv(temporary, index=False)
+
+
+def main():
+    args = parse_args()
+    source, output = Path(args.source).resolve(), Path(args.output)
+    if not source.is_dir():
+        raise InputError(f"{source} is no folder; give that of the unpacked data set")
+    source, train, test = FORMS[args.form](source, args)
+    output.mkdir(parents=True, exist_ok=True)
+    place(source, output, train, test, args.copy)
+    test = test.rename(columns={"path": "filename"})
+    save(test[["filename", "label"]], output / "solution.csv")
+    save(test[["filename"]].assign(prediction=train["label"].iloc[0]), output / "sample_submission.csv")
+    save(train.assign(path="images/" + train["path"]), output / "train.csv")
+    print(f"{output}: {len(train)} training and {len(test)} test images of {train['label'].nunique()} labels")
+
+
+if __name__ == "__main__":
+    run(main)

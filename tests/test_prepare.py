@@ -1,0 +1,94 @@
+"""Public data sets in miniature, as published, become the contract of the README."""
+
+import cv2
+import numpy as np
+import pandas as pd
+import pytest
+from conftest import GROCERY, draw, script
+
+from dataset import check_images, read_image, read_solution, read_test, read_train
+
+
+def photos(folder, names):
+    rng = np.random.default_rng(0)
+    for i, name in enumerate(names):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        cv2.imencode(".jpg", draw(i % 4, rng))[1].tofile(folder / name)
+
+
+def prepared(form, source, tmp_path, *flags):
+    """Run the script; every image that the tables name is there. Returns (train, test) with the labels of the solution."""
+    output = tmp_path / "out"
+    script("scripts/prepare.py", form, source, "--output", output, *flags)
+    train, test = read_train(output), read_test(output)
+    check_images(output, train["path"])
+    check_images(output / "test", test["filename"])
+    return train, test.assign(label=read_solution(output, test["filename"]))
+
+
+def test_grocery(tmp_path):
+    source = tmp_path / "GroceryStoreDataset" / "dataset"
+    names = {split: [f"{split}/Fruit/{c}/{c}_{i}.jpg" for c in ("Kiwi", "Pear") for i in range(2)]
+             for split in ("train", "val", "test")}
+    photos(source, [name for rows in names.values() for name in rows])
+    (source / "classes.csv").write_text("Class Name (str),Class ID (int),Coarse\nKiwi,0,0\nPear,1,1\n")
+    for split, rows in names.items():
+        (source / f"{split}.txt").write_text("".join(f"{row}, {int('Pear' in row)}, 0\n" for row in rows))
+    train, test = prepared("grocery", source.parent, tmp_path)
+    assert (len(train), len(test)) == (8, 4) and test["label"].tolist() == ["Kiwi", "Kiwi", "Pear", "Pear"]
+
+
+def test_products10k_keeps_its_groups(tmp_path):
+    source = tmp_path / "p"
+    photos(source, ["train/0.jpg", "train/1.jpg", "train/2.jpg", "test/7.jpg"])
+    (source / "train.csv").write_text("name,class,group\n0.jpg,12,3\n1.jpg,12,3\n2.jpg,15,4\n")
+    (source / "test_kaggletest.csv").write_text("name,class,group,Usage\n7.jpg,15,4,Public\n")
+    train, test = prepared("products10k", source, tmp_path)
+    assert train["group"].tolist() == ["3", "3", "4"] and test["label"].tolist() == ["15"]
+
+
+def test_rp2k_and_its_labels_in_any_script(tmp_path):
+    source = tmp_path / "r"
+    photos(source, [f"all/{split}/{label}/{i}.jpg" for split in ("train", "test") for label in ("可乐", "茶") for i in (0, 1)])
+    train, test = prepared("rp2k", source, tmp_path)
+    assert set(train["label"]) == {"可乐", "茶"} and len(test) == 4
+
+
+def test_sop_holds_out_the_last_photograph_of_each_label(tmp_path):
+    source = tmp_path / "s"
+    names = [f"{name}.JPG" for name in ("bicycle_final/1_0", "bicycle_final/1_1", "bicycle_final/1_2", "chair_final/2_0",
+                                        "chair_final/2_1", "chair_final/3_0")]
+    photos(source, names)
+    rows = [f"{i + 1} {name.split('/')[1][0]} 1 {name}" for i, name in enumerate(names)]
+    (source / "Ebay_test.txt").write_text("image_id class_id super_class_id path\n" + "\n".join(rows) + "\n")
+    train, test = prepared("sop", source, tmp_path)
+    assert test["filename"].tolist() == ["bicycle_final/1_2.JPG", "chair_final/2_1.JPG"]
+    assert test["label"].tolist() == ["1", "2"]
+    assert "3" in set(train["label"]), "a single photograph stays in the gallery"
+
+
+def test_a_plain_tree_is_split_by_label_and_can_be_copied(tmp_path):
+    source = tmp_path / "f"
+    photos(source, [f"{label}/deep/{i}.jpg" for label in ("a", "b") for i in range(5)])
+    train, test = prepared("folders", source, tmp_path, "--test-share", 0.4, "--copy")
+    assert sorted(train["label"]) == list("aaabbb") and sorted(test["label"]) == list("aabb")
+    assert not (tmp_path / "out" / "test").is_symlink()
+    assert len(list((tmp_path / "out" / "test").rglob("*.jpg"))) == 4, "only the test images are copied there"
+    assert read_image(tmp_path / "out" / "test" / test["filename"][0]).shape == (40, 48, 3)
+
+
+def test_the_wrong_data_set_is_a_sentence(tmp_path):
+    photos(tmp_path / "x", ["a.jpg"])
+    for form, message in [("grocery", "classes.csv"), ("products10k", "train.csv"), ("rp2k", "no folders"),
+                          ("sop", "Ebay_test"), ("folders", "no folders")]:
+        assert message in script("scripts/prepare.py", form, tmp_path / "x", "--output", tmp_path / "o", code=2).stderr
+    assert "no folder" in script("scripts/prepare.py", "sop", tmp_path / "nowhere", "--output", tmp_path / "o", code=2).stderr
+
+
+@pytest.mark.skipif(not GROCERY.exists(), reason=f"the Grocery Store data set is not at {GROCERY}")
+def test_the_real_grocery_set(tmp_path):
+    script("scripts/prepare.py", "grocery", GROCERY, "--output", tmp_path)
+    train, test = read_train(tmp_path), read_test(tmp_path)
+    assert (len(train), len(test), train["label"].nunique()) == (2936, 2485, 81)
+    assert pd.Series(read_solution(tmp_path, test["filename"])).isin(train["label"]).all()
+    check_images(tmp_path, train["path"][::50])
