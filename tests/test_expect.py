@@ -45,6 +45,14 @@ def test_looks_are_folds_or_clusters():
     assert looks[0] == looks[1] != looks[2] and looks[4] == looks[5] != looks[3] and len(set(looks)) == 4
 
 
+@pytest.mark.parametrize("by, expected", [("look", [0, 1, 1, 0]), ("group", [1, 0, 0, 1]), ("random", None)])
+def test_looks_are_known_where_folds_were_drawn_by_them(tmp_path, by, expected):
+    train = pd.DataFrame({"path": list("abcd"), "label": list("xxyy"), "group": ["shop", "market", "market", "shop"]})
+    train[["path", "label"]].assign(fold=[0, 1, 1, 0], by=by).to_csv(tmp_path / "folds.csv", index=False)
+    known = expect.known_looks(tmp_path, train, np.array([0, 1, 1, 0]))
+    assert known is None if expected is None else known.tolist() == expected
+
+
 def test_calibration_finds_the_true_probability():
     """Similarities whose classes truly compete by a softmax: the calibrated mean is the accuracy, on other data, too."""
     rng = np.random.default_rng(1)
