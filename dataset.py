@@ -206,6 +206,12 @@ def load_folds(output, train, folds=None, seed=9999, by=None, features=None):
     return fold.astype(np.int64)
 
 
+def folds_by(output):
+    """How output/folds.csv was drawn: 'random', 'group' or 'look'; None without it."""
+    path = Path(output) / "folds.csv"
+    return read_csv(path, ["path"]).get("by", ["random"])[0] if path.exists() else None
+
+
 # --------------------------------------------------------------------------------------------------------------- images
 
 

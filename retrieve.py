@@ -36,11 +36,12 @@ import torch
 import torch.distributed as dist
 
 import votes
-from dataset import encode, load_folds, read_solution, read_test, read_train, test_fingerprint, train_fingerprint
+from dataset import encode, folds_by, load_folds, read_solution, read_test, read_train, test_fingerprint, train_fingerprint
 from extract import finished_runs
 from search import SCREENS, Joined, Store, merge, topk
 
-VOTES = ["head", *votes.INDUCTIVE, *votes.TRANSDUCTIVE]
+EXPLAINED = votes.INDUCTIVE | votes.TRANSDUCTIVE
+VOTES = ["head", *EXPLAINED]
 DEFAULT_VOTES = ["head", "nearest", "sum", "fusion"]  # always scored, for comparison
 
 
@@ -48,8 +49,9 @@ def parse_args():
     parser = script_parser(__doc__)
     add = parser.add_argument
     add("--runs", nargs="+", metavar="ARCH/foldK", help="runs to join; default: every finished run")
-    add("--vote", choices=VOTES, default="nearest", metavar="VOTE", help="which labels the submission gets (default nearest): "
-        + "; ".join(f"{name}: {what}" for name, what in (votes.INDUCTIVE | votes.TRANSDUCTIVE).items())
+    add("--vote", choices=["auto", *VOTES], default="auto", metavar="VOTE", help="which labels the submission gets (default "
+        "auto: where folds were drawn by look or group, the vote that is right most often out-of-fold; else nearest, since "
+        "folds at random do not see the shift). " + "; ".join(f"{name}: {what}" for name, what in EXPLAINED.items())
         + ". The last three use that all test images are there at once; a label then depends on which others came with it")
     add("--oof", action=argparse.BooleanOptionalAction, default=True,
         help="also score each training image by the runs that did not train on it (default on)")
@@ -228,15 +230,19 @@ def retrieve(args, device, train, test, classes, labels):
     """Search, vote, write; returns the scores. Under torchrun only the first process writes."""
     first = not dist.is_initialized() or dist.get_rank() == 0
     runs = load_runs(args.output, args.runs, train, test)
-    wanted = list(dict.fromkeys([*fitting(runs, DEFAULT_VOTES), args.vote]))
-    if not fitting(runs, [args.vote]):
-        raise InputError(f"--vote {args.vote} needs runs whose head fits these classes; use --vote sum")
-    scores = {"runs": [r["name"] for r in runs], "vote": args.vote, "k": args.k, "power": args.power,
+    vote, by = "nearest" if args.vote == "auto" else args.vote, folds_by(args.output)
+    if not fitting(runs, [vote]):
+        raise InputError(f"--vote {vote} needs runs whose head fits these classes; use --vote sum")
+    scores = {"runs": [r["name"] for r in runs], "vote": vote, "k": args.k, "power": args.power,
               "head_power": args.head_power, "test": None, "oof": None}
 
-    if args.oof and any(str(r["fold"]).isdecimal() for r in runs) and (Path(args.output) / "folds.csv").exists():
-        fold = load_folds(args.output, train)
+    if args.oof and by and any(str(r["fold"]).isdecimal() for r in runs):
+        choose = args.vote == "auto" and by != "random"
+        wanted, fold = fitting(runs, VOTES if choose else [*DEFAULT_VOTES, vote]), load_folds(args.output, train)
         scores["oof"] = score(label_oof(runs, fold, labels, len(classes), args, wanted, device), labels)
+        if choose and scores["oof"]:
+            vote = scores["vote"] = max(["nearest", *wanted], key=scores["oof"].get)  # of equal ones the first
+    wanted = list(dict.fromkeys([*fitting(runs, DEFAULT_VOTES), vote]))
     if test is not None:
         begun = Path(args.output) / "search"
         key = fingerprint([(args.k, *(json.dumps(r["stamp"]) for r in runs))])
@@ -247,7 +253,7 @@ def retrieve(args, device, train, test, classes, labels):
         with atomic(Path(args.output) / "neighbours.npz") as temporary, open(temporary, "wb") as file:
             np.savez(file, similarity=similarity, index=index)
         with atomic(Path(args.output) / "submission.csv") as temporary:
-            test.assign(prediction=np.array(classes, object)[said[args.vote]]).to_csv(temporary, index=False)
+            test.assign(prediction=np.array(classes, object)[said[vote]]).to_csv(temporary, index=False)
         truth = read_solution(args.input, test["filename"])
         if truth is not None:
             number = {label: i for i, label in enumerate(classes)}

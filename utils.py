@@ -9,6 +9,7 @@ os.environ.setdefault("GOMP_SPINCOUNT", "30000")
 
 import argparse
 import contextlib
+import ctypes
 import fcntl
 import hashlib
 import json
@@ -21,6 +22,13 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from tqdm import tqdm
+
+with contextlib.suppress(OSError, AttributeError):  # glibc only
+    # Keep freed memory instead of handing it back: glibc maps each large tensor anew, and its pages fault in one by one.
+    # Measured on 2 cores, tf_efficientnet_lite2 at 224 px in bfloat16: 2 to 3 times the images/s in embedding.
+    _libc = ctypes.CDLL("libc.so.6")
+    _libc.mallopt(-4, 0)  # M_MMAP_MAX
+    _libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD, bytes
 
 
 class InputError(Exception):

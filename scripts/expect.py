@@ -27,9 +27,9 @@ import torch.nn.functional as F
 from scipy.special import expit
 from sklearn.isotonic import IsotonicRegression
 from sklearn.linear_model import LogisticRegression
-from sklearn.model_selection import cross_val_score
+from sklearn.model_selection import StratifiedKFold, cross_val_score
 
-from dataset import encode, load_folds, make_look_folds, read_csv, read_solution, read_test, read_train
+from dataset import encode, folds_by, load_folds, make_look_folds, read_solution, read_test, read_train
 from retrieve import load_runs
 from search import Joined, topk
 
@@ -80,7 +80,7 @@ def own_looks(arrays, labels, part, looks, seed):
 
 def known_looks(output, train, fold):
     """What tells a class's looks apart [N]: the folds where they were drawn by look, the groups where by group; or None."""
-    by = read_csv(Path(output) / "folds.csv", ["path"]).get("by", ["random"])[0]
+    by = folds_by(output)
     return fold if by == "look" else np.array(encode(train["group"])[1]) if by == "group" else None
 
 
@@ -175,7 +175,8 @@ def tell_apart(held, test, seed, most=2000):
     if count < 2:
         return None
     x = np.concatenate([part[np.sort(rng.permutation(len(part))[:count])] for part in (held, test)])
-    return round(cross_val_score(LogisticRegression(max_iter=1000), x, np.repeat([0, 1], count), cv=min(5, count)).mean(), 4)
+    split = StratifiedKFold(min(5, count), shuffle=True, random_state=seed)
+    return round(cross_val_score(LogisticRegression(C=100, max_iter=1000), x, np.repeat([0, 1], count), cv=split).mean(), 4)
 
 
 def shift(run_, fold, seed, device):

@@ -244,6 +244,20 @@ def test_every_vote_labels_every_test_image(data, output):
     assert said.stdout.count("all ") == 2 and "| propagation |" in said.stdout
 
 
+def test_folds_that_see_a_shift_choose_the_vote(data, output, tmp_path):
+    from retrieve import VOTES
+
+    shutil.copytree(output, tmp_path / "o")
+    flags = ["--input", data, "--output", tmp_path / "o"]
+    assert json.loads(script("retrieve.py", *flags).stdout)["vote"] == "nearest", "folds at random choose nothing"
+    folds = pd.read_csv(tmp_path / "o" / "folds.csv")
+    folds.assign(by="look").to_csv(tmp_path / "o" / "folds.csv", index=False)
+    scores = json.loads(script("retrieve.py", *flags).stdout)
+    assert set(scores["oof"]) == set(VOTES) and scores["oof"][scores["vote"]] == max(scores["oof"].values())
+    assert scores["vote"] in scores["test"]
+    assert json.loads(script("retrieve.py", *flags, "--vote", "sum").stdout)["vote"] == "sum"
+
+
 def test_torchrun_gives_the_same_submission(data, output, tmp_path):
     for folder in ("one", "two"):
         shutil.copytree(output, tmp_path / folder)
