@@ -121,7 +121,8 @@ def tiles(output, scores, expected, runs):
     """The numbers at the top: (value, what it is)."""
     said = []
     if expected:
-        said.append((f"{expected['expected']:.3f}", f"expected accuracy of nearest ({expected['low']:.2f}-{expected['high']:.2f})"))
+        span = f"({expected['low']:.2f}-{expected['high']:.2f})"
+        said.append((f"{expected['expected']:.3f}", f"expected accuracy of nearest {span}"))
     for split, name in [("test", "on the test images"), ("oof", "out-of-fold")]:
         for vote, value in (scores[split] or {}).items():
             if vote in ("head", "nearest", scores["vote"]):
