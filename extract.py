@@ -16,6 +16,7 @@ from utils import (
     autocast,
     duration,
     file_fingerprint,
+    keep_freed_memory,
     load_checkpoint,
     load_json,
     lock,
@@ -109,6 +110,7 @@ def embed(model, images, device, precision="fp32", batch_size=64, workers=0, wha
           output=Model.forward):
     """Flip-averaged embeddings of a dataset.Images in its order: float32 [N, 512], not normalised, averaged over the image
     `sizes` (default: that of `images`). The model runs in eval mode and is left as it was. `output`: what of the model."""
+    keep_freed_memory()
     training = model.training
     model.eval()
     passes = [embed_pass(model, images.at(size), device, precision, batch_size, workers, what, output)

@@ -18,6 +18,7 @@ from utils import (
     autocast,
     duration,
     gap,
+    keep_freed_memory,
     load_checkpoint,
     load_json,
     lock,
@@ -289,6 +290,7 @@ def looks(args, train, device):
 
 def fit(folder, args, recorded, train, fold, device):
     """Train from where last.pt stands to the last epoch."""
+    keep_freed_memory()
     precision = args.precision
     classes, labels = encode(train["label"])
     inside = np.arange(len(train)) if args.fold == "all" else np.flatnonzero(fold != int(args.fold))
