@@ -25,6 +25,8 @@ from sklearn.preprocessing import normalize
 from torch.utils.data import DataLoader, Dataset, Sampler
 from torchvision.transforms import v2
 
+SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff"}  # of images, where a folder is searched for them
+
 # --------------------------------------------------------------------------------------------------------------- tables
 
 

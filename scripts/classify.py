@@ -19,12 +19,10 @@ from utils import InputError, load_json, pick_device, pick_precision, run, scrip
 import numpy as np
 from expect import NEIGHBOURS, class_best, confide
 
-from dataset import Images, check_images, default_workers, encode, read_train
+from dataset import SUFFIXES, Images, check_images, default_workers, encode, read_train
 from extract import embed, load_model
 from retrieve import load_runs
 from search import Joined, topk
-
-SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff"}
 
 
 def parse_args():

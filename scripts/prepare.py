@@ -25,7 +25,7 @@ from utils import InputError, atomic, progress, run, script_parser
 import numpy as np
 import pandas as pd
 
-SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff"}
+from dataset import SUFFIXES
 
 
 def parse_args():
