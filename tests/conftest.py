@@ -68,6 +68,7 @@ def script(name, *args, code=0):
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(error), pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "argv", [name, *map(str, args)])
         patch.chdir(ROOT)
+        patch.syspath_prepend(str((ROOT / name).parent))  # as Python does for a script
         try:
             runpy.run_path(str(ROOT / name), run_name="__main__")
         except SystemExit as end:
