@@ -1,7 +1,7 @@
 """Load runs, search, vote, write: the labels of the test images.
 
 Reads  input/{train.csv,sample_submission.csv[,solution.csv]}, output/folds.csv, the .npy of finished runs
-Writes output/{neighbours.npz,submission.csv,scores.json}
+Writes output/{neighbours.npz,submission.csv,scores.json,oof.csv}
 
     python retrieve.py                                              # all finished runs, label of the nearest image
     python retrieve.py --runs nfnet_l0/fold0 nfnet_l0/fold1 --vote sum --k 10
@@ -233,15 +233,22 @@ def retrieve(args, device, train, test, classes, labels):
     vote, by = "nearest" if args.vote == "auto" else args.vote, folds_by(args.output)
     if not fitting(runs, [vote]):
         raise InputError(f"--vote {vote} needs runs whose head fits these classes; use --vote sum")
-    scores = {"runs": [r["name"] for r in runs], "vote": vote, "k": args.k, "power": args.power,
+    scores = {"runs": {r["name"]: r["stamp"]["checkpoint"] for r in runs}, "vote": vote, "k": args.k, "power": args.power,
               "head_power": args.head_power, "test": None, "oof": None}
+    if first:
+        (Path(args.output) / "oof.csv").unlink(missing_ok=True)
 
     if args.oof and by and any(str(r["fold"]).isdecimal() for r in runs):
         choose = args.vote == "auto" and by != "random"
         wanted, fold = fitting(runs, VOTES if choose else [*DEFAULT_VOTES, vote]), load_folds(args.output, train)
-        scores["oof"] = score(label_oof(runs, fold, labels, len(classes), args, wanted, device), labels)
+        said = label_oof(runs, fold, labels, len(classes), args, wanted, device)
+        scores["oof"] = score(said, labels)
         if choose and scores["oof"]:
             vote = scores["vote"] = max(["nearest", *wanted], key=scores["oof"].get)  # of equal ones the first
+        if first:
+            with atomic(Path(args.output) / "oof.csv") as temporary:
+                names = np.array([*classes, ""], object)  # the last, -1: no run held the image out
+                train[["path", "label"]].assign(fold=fold, prediction=names[said[vote]]).to_csv(temporary, index=False)
     wanted = list(dict.fromkeys([*fitting(runs, DEFAULT_VOTES), vote]))
     if test is not None:
         begun = Path(args.output) / "search"

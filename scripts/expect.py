@@ -6,9 +6,9 @@ Two estimates that fail in opposite ways, and their mean:
              evidence of the test images. Blind to a shift that changes more than the looks do.
   agreement  How often a run gives a test image the label that all other runs together give it. Needs no labels, sees any shift
              that confuses the runs; blind to errors that they share.
-It is for the label of the nearest image, by all runs.
+It is for the labels of the submission, by whatever vote.
 
-Reads  what retrieve.py reads
+Reads  what retrieve.py reads and what it writes
 Writes output/confidence.csv (filename,prediction,confidence,similarity in the order of the submission), output/expected.json
 
     python scripts/expect.py
@@ -19,7 +19,7 @@ import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from utils import accuracy, atomic, load_json, pick_device, run, save_json, script_parser
+from utils import InputError, accuracy, atomic, load_json, pick_device, run, save_json, script_parser
 
 import numpy as np
 import torch
@@ -29,7 +29,7 @@ from sklearn.isotonic import IsotonicRegression
 from sklearn.linear_model import LogisticRegression
 from sklearn.model_selection import StratifiedKFold, cross_val_score
 
-from dataset import encode, folds_by, load_folds, make_look_folds, read_solution, read_test, read_train
+from dataset import encode, folds_by, load_folds, make_look_folds, read_csv, read_solution, read_test, read_train
 from retrieve import load_runs
 from search import Joined, topk
 
@@ -40,7 +40,8 @@ LEAST_ERROR = 0.05  # half the interval at least, by the errors measured; see th
 def parse_args():
     parser = script_parser(__doc__)
     add = parser.add_argument
-    add("--runs", nargs="+", metavar="ARCH/foldK", help="runs to join; default: every finished run")
+    add("--runs", nargs="+", metavar="ARCH/foldK", help="runs to join, for the label of the nearest image by them; default: "
+        "those of the submission, for its labels")
     add("--looks", type=int, default=5, help="looks a class is split into, where the folds are not by look (default 5)")
     add("--seed", type=int, default=0, help="of looks and samples (default 0)")
     args = parser.parse_args()
@@ -111,44 +112,51 @@ def fit_sharpness(best, truth):
     return log.exp().item()
 
 
-def log_odds(best, sharpness):
-    """Log odds of the best class against all others if they compete by softmax(sharpness * similarity), [n, C] -> [n]."""
+def log_odds(best, sharpness, said=None):
+    """Log odds of the class `said` [n] (default: the best) against all others if they compete by
+    softmax(sharpness * similarity), [n, C] -> [n]."""
     score = torch.from_numpy(best * np.float32(sharpness))
-    top = score.max(1, keepdim=True)
-    return (top.values[:, 0] - score.scatter(1, top.indices, -torch.inf).logsumexp(1)).numpy()
+    at = score.argmax(1, keepdim=True) if said is None else torch.from_numpy(said)[:, None]
+    return (score.gather(1, at)[:, 0] - score.scatter(1, at, -torch.inf).logsumexp(1)).numpy()
 
 
-def calibrate(best, truth):
-    """Learn from held-out images how often the best class is right. The softmax's sharpness is fitted (temperature scaling: Guo
-    et al., On calibration, ICML 2017), then corrected by isotonic regression (Zadrozny and Elkan, KDD 2002), which also sees
-    one guess right by chance, and never says more than (n + 1) / (n + 2). Returns plain numbers for `probability`: the
-    sharpness, and the corners of the correcting curve."""
+def calibrate(best, truth, said=None):
+    """Learn from held-out images how often the class `said` [n] (default: the best) is right. The softmax's sharpness is fitted
+    (temperature scaling: Guo et al., On calibration, ICML 2017), then corrected by isotonic regression (Zadrozny and Elkan, KDD
+    2002), which also sees one guess right by chance, and never says more than (n + 1) / (n + 2). Returns plain numbers for
+    `probability`: the sharpness, and the corners of the correcting curve."""
     sharpness, (count, classes) = fit_sharpness(best, truth), best.shape
+    right = (best.argmax(1) if said is None else said) == truth
     curve = IsotonicRegression(y_min=0, y_max=(count + 1) / (count + 2))
-    curve.fit(np.append(log_odds(best, sharpness), -np.log(classes - 1)), np.append(best.argmax(1) == truth, 1 / classes))
+    curve.fit(np.append(log_odds(best, sharpness, said), -np.log(classes - 1)), np.append(right, 1 / classes))
     return {"sharpness": sharpness, "log_odds": curve.X_thresholds_.tolist(), "probability": curve.y_thresholds_.tolist()}
 
 
-def probability(best, calibration):
-    """Probability that the best class is right, [n, C] -> [n], by what `calibrate` learned."""
-    return np.interp(log_odds(best, calibration["sharpness"]), calibration["log_odds"], calibration["probability"])
+def probability(best, calibration, said=None):
+    """Probability that the class `said` [n] (default: the best) is right, [n, C] -> [n], by what `calibrate` learned."""
+    return np.interp(log_odds(best, calibration["sharpness"], said), calibration["log_odds"], calibration["probability"])
 
 
-def agreement(runs, labels, device):
-    """Share of the runs [n] that give a test image the label that all the other runs together give it; None for one run.
-    The label of the others stands in for the truth: with errors that are independent, a single run's accuracy."""
+def agreement(runs, labels, joint, said, device):
+    """Share of the runs [n] whose nearest image has the label that all the other runs together give the test image; None for
+    one run. The label of the others stands in for the truth: with errors that are independent, a single run's accuracy. Where
+    the label `said` [n] is not the one of all runs together, `joint` [n], the share that has `said`."""
     def nearest(members):
         arrays = [[r[split] for r in members] for split in ("test", "train")]
         return labels[topk(*map(Joined, arrays), 1, device=device)[1][:, 0]]
 
     if len(runs) < 2:
         return None
-    return np.mean([nearest([r]) == nearest([other for other in runs if other is not r]) for r in runs], 0)
+    return np.mean([nearest([r]) == np.where(said == joint, nearest([other for other in runs if other is not r]), said)
+                    for r in runs], 0)
 
 
-def confide(best, calibration, runs, labels, device):
-    """How likely the labels of the test images are right, [n] each: the mean of both estimates, and each of them."""
-    evidence, agreed = probability(best, calibration), agreement(runs, labels, device)
+def confide(best, calibration, runs, labels, device, said=None):
+    """How likely the labels `said` [n] of the test images (default: of the best class) are right, [n] each: the mean of both
+    estimates, and each of them."""
+    joint = best.argmax(1)
+    evidence = probability(best, calibration, said)
+    agreed = agreement(runs, labels, joint, joint if said is None else said, device)
     return (evidence if agreed is None else (evidence + agreed) / 2), evidence, agreed
 
 
@@ -192,14 +200,16 @@ def shift(run_, fold, seed, device):
 # ------------------------------------------------------------------------------------------------------------- the work
 
 
-def expect(runs, fold, part, labels, classes, args, device):
-    """(confidence [n], class number [n], nearest similarity [n], figures for expected.json)."""
+def expect(runs, fold, part, labels, classes, args, device, said=None, held=None):
+    """(confidence [n], class number [n], nearest similarity [n], figures for expected.json) of the labels `said` [n] (default:
+    of the nearest images); `held` [N]: what the same vote says of the training images out-of-fold."""
     rows, random, look = out_of_fold(runs, fold, part, labels, classes, args, device)
     truth = labels[rows]
     similarity, index = topk(Joined([r["test"] for r in runs]), Joined([r["train"] for r in runs]), NEIGHBOURS, device=device)
     best = class_best(similarity, labels[index], classes)
     calibration = calibrate(look, truth)
-    confidence, evidence, agreed = confide(best, calibration, runs, labels, device)
+    own = calibration if held is None else calibrate(look, truth, held[rows])
+    confidence, evidence, agreed = confide(best, own, runs, labels, device, said)
     apart = 0.0 if agreed is None else abs(evidence.mean() - agreed.mean()) / 4
     expected = float(confidence.mean())
     half = (LEAST_ERROR**2 + apart**2 + 1.64**2 * expected * (1 - expected) / len(confidence)) ** 0.5
@@ -214,7 +224,23 @@ def expect(runs, fold, part, labels, classes, args, device):
     first = next(r for r in runs if str(r["fold"]).isdecimal())
     figures |= shift(first, fold, args.seed, device)
     figures |= {"runs": {r["name"]: r["stamp"]["checkpoint"] for r in runs}, "calibration": calibration}
-    return confidence, best.argmax(1), similarity[:, 0], figures
+    return confidence, best.argmax(1) if said is None else said, similarity[:, 0], figures
+
+
+def submitted(args, test, train, classes, runs):
+    """(vote, its class numbers of the test images [n], its class numbers out-of-fold [N] or None) of the submission."""
+    output, number = Path(args.output), {label: i for i, label in enumerate(classes)}
+    for name in ("scores.json", "submission.csv"):
+        if not (output / name).exists():
+            raise InputError(f"{output / name} is not there; run retrieve.py first")
+    scores, table = load_json(output / "scores.json"), read_csv(output / "submission.csv", ["filename", "prediction"])
+    if scores["runs"] != {r["name"]: r["stamp"]["checkpoint"] for r in runs} or not table["filename"].equals(test["filename"]):
+        raise InputError(f"{output}/submission.csv is of other runs or test images than there are now; run retrieve.py again")
+    if scores["vote"] == "nearest" or folds_by(output) == "random" or not (output / "oof.csv").exists():
+        held = None  # random folds flatter any vote; then the nearest image's odds against other looks have to do
+    else:
+        held = read_csv(output / "oof.csv", ["path"])["prediction"].map(number).fillna(-1).to_numpy(np.int64)
+    return scores["vote"], table["prediction"].map(number).to_numpy(np.int64), held
 
 
 def main():
@@ -227,23 +253,27 @@ def main():
         return
     train, test = read_train(args.input), read_test(args.input)
     classes, labels = encode(train["label"])
-    runs = load_runs(args.output, args.runs, train, test)
+    scores = Path(args.output) / "scores.json"
+    names = args.runs or (list(load_json(scores)["runs"]) if scores.exists() else None)
+    runs = load_runs(args.output, names, train, test)
+    vote, said, held = ("nearest", None, None) if args.runs else submitted(args, test, train, classes, runs)
     if not any(str(r["fold"]).isdecimal() for r in runs):
         print("no run held images out, so nothing is known of the accuracy to expect; train runs of folds, not of 'all'")
         return
     fold = load_folds(args.output, train)
     part = known_looks(args.output, train, fold)
-    confidence, number, similarity, figures = expect(runs, fold, part, labels, len(classes), args, device)
+    confidence, number, similarity, figures = expect(runs, fold, part, labels, len(classes), args, device, said, held)
 
     table = test[["filename"]].assign(prediction=np.array(classes, object)[number], confidence=confidence.round(4),
                                       similarity=similarity.round(4))
     truth = read_solution(args.input, test["filename"])
+    figures["vote"] = vote
     figures["true"] = None if truth is None else round(float((table["prediction"] == truth).mean()), 4)
     with atomic(Path(args.output) / "confidence.csv") as temporary:
         table.to_csv(temporary, index=False)
     save_json(Path(args.output) / "expected.json", figures)
     print(f"held out {figures['held_out']:.2f} ({figures['held_out_other_looks']:.2f} against other looks); on these "
-          f"test images expect {figures['expected']:.2f} ({figures['low']:.2f}-{figures['high']:.2f})")
+          f"test images expect {figures['expected']:.2f} ({figures['low']:.2f}-{figures['high']:.2f}) of the vote {vote}")
     print(f"test images are told from held-out training images with accuracy {figures['told_apart'] or 0.5:.2f} (0.50: they "
           f"look alike); nearest image at {figures['similarity_test']:.2f}, held out {figures['similarity_held_out']:.2f}")
     if any(load_json(Path(args.output) / r["name"] / "args.json").get("pseudo") for r in runs):

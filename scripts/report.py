@@ -122,7 +122,7 @@ def tiles(output, scores, expected, runs):
     said = []
     if expected:
         span = f"({expected['low']:.2f}-{expected['high']:.2f})"
-        said.append((f"{expected['expected']:.3f}", f"expected accuracy of nearest {span}"))
+        said.append((f"{expected['expected']:.3f}", f"expected accuracy of {expected['vote']} {span}"))
     for split, name in [("test", "on the test images"), ("oof", "out-of-fold")]:
         for vote, value in (scores[split] or {}).items():
             if vote in ("head", "nearest", scores["vote"]):
@@ -146,7 +146,7 @@ def main():
         if not (output / name).exists():
             raise InputError(f"{output / name} is not there; run retrieve.py first")
     train, table = read_train(source), read_csv(output / "submission.csv", ["filename", "prediction"])
-    runs = load_runs(output, load_json(output / "scores.json")["runs"], train, table)
+    runs = load_runs(output, list(load_json(output / "scores.json")["runs"]), train, table)
     expected = load_json(output / "expected.json") if (output / "expected.json").exists() else None
     with np.load(output / "neighbours.npz") as file:
         similarity, index = file["similarity"][:, :NEAR], file["index"][:, :NEAR]
@@ -154,7 +154,7 @@ def main():
     table = table.assign(truth=truth, similarity=similarity[:, 0], confidence=np.nan)
     if (output / "confidence.csv").exists():
         sure = read_csv(output / "confidence.csv", ["filename", "prediction", "confidence"])
-        if sure["filename"].equals(table["filename"]):  # it is for the label of the nearest image: another vote may differ
+        if sure["filename"].equals(table["filename"]):  # expect.py --runs: another label may be meant
             agree = sure["prediction"] == table["prediction"]
             table["confidence"] = pd.to_numeric(sure["confidence"]).where(agree)
     chosen = choose(table, args.most, args.seed)

@@ -1,6 +1,7 @@
 """The expected accuracy: evidence against a brute force, the calibration on cases with a known answer."""
 
 import json
+import shutil
 import sys
 
 import numpy as np
@@ -91,8 +92,10 @@ def test_agreement_is_with_all_the_others_together():
     said = [np.eye(2, dtype=np.float32)[np.array(row)] for row in ([0, 0, 1], [0, 1, 1], [0, 0, 0])]
     runs = [{"train": train, "test": test} for test in said]
     # image 0: all agree. Image 1: run 1 is alone, and for each of the others the two others are tied, label 0 by lower index.
-    assert np.allclose(expect.agreement(runs, labels, "cpu"), [1, 2 / 3, 0])
-    assert expect.agreement(runs[:1], labels, "cpu") is None
+    joint = np.array([0, 0, 0])
+    assert np.allclose(expect.agreement(runs, labels, joint, joint, "cpu"), [1, 2 / 3, 0])
+    assert np.allclose(expect.agreement(runs, labels, joint, np.array([0, 1, 0]), "cpu"), [1, 1 / 3, 0]), "one run says 1"
+    assert expect.agreement(runs[:1], labels, joint, joint, "cpu") is None
 
 
 def test_baselines_by_hand():
@@ -109,14 +112,39 @@ def test_sets_are_told_apart_only_if_they_differ():
 
 
 def test_the_expected_accuracy_is_written_beside_the_submission(data, output):
+    script("retrieve.py", "--input", data, "--output", output)
     said = script("scripts/expect.py", "--input", data, "--output", output).stdout
     table = pd.read_csv(output / "confidence.csv", dtype={"filename": str, "prediction": str})
     assert table["filename"].tolist() == pd.read_csv(data / "sample_submission.csv", dtype=str)["filename"].tolist()
     figures = json.loads((output / "expected.json").read_text())
     assert figures["expected"] == pytest.approx(table["confidence"].mean(), abs=1e-3)
     assert 0 <= figures["low"] < figures["expected"] < figures["high"] <= 1 and "on these test images expect" in said
-    script("retrieve.py", "--input", data, "--output", output)
     submission = pd.read_csv(output / "submission.csv", dtype=str)
     assert submission["prediction"].tolist() == table["prediction"].tolist()
     scores = json.loads((output / "scores.json").read_text())
-    assert figures["true"] == scores["test"]["nearest"]
+    assert figures["vote"] == "nearest" and figures["true"] == scores["test"]["nearest"]
+
+
+def test_the_expectation_is_of_the_submitted_vote(data, output, tmp_path):
+    output = shutil.copytree(output, tmp_path / "output")
+    folds = pd.read_csv(output / "folds.csv")
+    folds.assign(by="look").to_csv(output / "folds.csv", index=False)
+    script("retrieve.py", "--input", data, "--output", output, "--vote", "head")
+    script("scripts/expect.py", "--input", data, "--output", output)
+    table, scores = pd.read_csv(output / "confidence.csv", dtype=str), json.loads((output / "scores.json").read_text())
+    assert table["prediction"].tolist() == pd.read_csv(output / "submission.csv", dtype=str)["prediction"].tolist()
+    assert json.loads((output / "expected.json").read_text())["vote"] == "head"
+    held = pd.read_csv(output / "oof.csv", dtype=str).dropna()
+    assert (held["prediction"] == held["label"]).mean() == pytest.approx(scores["oof"]["head"], abs=1e-4)
+    (output / "scores.json").unlink()
+    assert "run retrieve.py first" in script("scripts/expect.py", "--input", data, "--output", output, code=2).stderr
+
+
+def test_another_label_than_the_nearest_has_odds_of_its_own():
+    best = np.array([[0.9, 0.8, 0.1], [0.9, 0.2, 0.1]], np.float32)
+    chance = np.exp(10 * best.astype(np.float64))
+    chance /= chance.sum(1, keepdims=True)
+    assert np.allclose(expect.log_odds(best, 10.0, np.array([1, 0])), np.log(1 / (1 / chance[[0, 1], [1, 0]] - 1)), atol=1e-4)
+    truth, said = np.array([1] * 50 + [0] * 50), np.array([1] * 100)
+    calibration = expect.calibrate(np.repeat(best, 50, 0), truth, said)
+    assert expect.probability(best, calibration, said[:2]).round(1).tolist() == [1, 0]
