@@ -9,7 +9,6 @@ Writes output/{neighbours.npz,submission.csv,scores.json,oof.csv}
 """
 
 import argparse
-import contextlib
 import json
 import shutil
 from pathlib import Path
@@ -276,7 +275,8 @@ def main():
     train = read_train(args.input)
     test = read_test(args.input) if (Path(args.input) / "sample_submission.csv").exists() else None
     classes, labels = encode(train["label"])
-    with processes(pick_device(args.device)) as (device, first), lock(args.output) if first else contextlib.nullcontext():
+    device = pick_device(args.device)
+    with processes(device) as first, lock(args.output):
         scores = retrieve(args, device, train, test, classes, labels)
     if first:
         print(json.dumps(scores, ensure_ascii=False))

@@ -13,7 +13,7 @@ with |q| = 1, |g'| <= 1 + |s|, |r| and |s| measured. Sums of D products in float
 import warnings
 from pathlib import Path
 
-from utils import InputError, load_json, pick_precision, progress, save_json
+from utils import InputError, load_json, on_first, pick_precision, progress, save_json
 
 import numpy as np
 import torch
@@ -324,13 +324,6 @@ def search(queries, gallery, k, exclude, device, screen, memory, first=0):
         yield slice(at, at + size), near.cpu().numpy(), which.cpu().numpy()
 
 
-def broadcast(number):
-    """The first process's number, on every process."""
-    box = [number]
-    dist.broadcast_object_list(box)
-    return box[0]
-
-
 def join_ranks(tensor, ranks):
     """The processes' tensors [q, k] side by side, [q, ranks * k], on every process."""
     all_of_them = [torch.empty_like(tensor) for _ in range(ranks)]
@@ -358,8 +351,7 @@ def topk(queries, gallery, k, exclude=None, device="cpu", screen="auto", memory=
     k = max(0, min(k, m - bool((exclude >= 0).any())))
     store = store or Store()
     similarity, index, first = store.open(n, k)
-    if dist.is_initialized():  # the first process keeps the result, the others go where it stands
-        first = broadcast(first)
+    first = on_first(lambda: first)  # the first process keeps the result, the others go where it stands
     if k:
         device = torch.device(device)
         screen = pick_screen(screen, device, n * m * queries.shape[1])

@@ -10,12 +10,14 @@ os.environ.setdefault("GOMP_SPINCOUNT", "30000")
 import argparse
 import contextlib
 import ctypes
+import datetime
 import fcntl
 import hashlib
 import json
 import random
 import signal
 import sys
+import traceback
 from pathlib import Path
 
 import numpy as np
@@ -32,9 +34,18 @@ class InputError(Exception):
         super().__init__(str(message).rpartition("utils.InputError: ")[2].strip())
 
 
+class Parser(argparse.ArgumentParser):
+    """argparse's parser; under torchrun one process says what is wrong."""
+
+    def error(self, message):
+        if fails_first():
+            super().error(message)
+        os._exit(2)
+
+
 def script_parser(doc, folders=True, device=True):
     """A script's ArgumentParser: `doc` is its help, abbreviations are errors; with --input and --output, and --device."""
-    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    parser = Parser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     if folders:
         parser.add_argument("--input", default="input", help="data folder (default input)")
         parser.add_argument("--output", default="output", help="results folder (default output)")
@@ -44,21 +55,34 @@ def script_parser(doc, folders=True, device=True):
 
 
 def run(main):
-    """Call main() as a script: user errors are a sentence and code 2, Ctrl-C and SIGTERM a line and code 130."""
+    """Call main() as a script: user errors are a sentence and code 2, Ctrl-C and SIGTERM a line and code 130. Under torchrun
+    the first process prints; the first that fails says why, and the others, which then fail for want of it, end silently."""
     signal.signal(signal.SIGTERM, signal.default_int_handler)
+    said, code = None, 0
     try:
-        main()
+        with contextlib.redirect_stdout(open(os.devnull, "w") if int(os.environ.get("RANK", 0)) else sys.stdout):
+            main()
     except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+        said, code = f"error: {error}", 2
     except OSError as error:
         if error.filename is None and error.errno is None:
             raise
-        print(f"error: {error.filename or 'output'}: {error.strerror}", file=sys.stderr)
-        sys.exit(2)
+        said, code = f"error: {error.filename or 'output'}: {error.strerror}", 2
     except KeyboardInterrupt:
-        print("interrupted; the same command goes on from the last finished epoch or file", file=sys.stderr)
-        sys.exit(130)
+        said, code = "interrupted; the same command goes on from the last finished epoch or file", 130
+    except Exception:
+        if not dist.is_initialized():
+            raise
+        said, code = traceback.format_exc(), 1
+    if code and fails_first():
+        print(said, file=sys.stderr, flush=True)
+    elif code:
+        code = 2
+    if code and dist.is_initialized():
+        sys.stdout.flush()
+        os._exit(code)  # what Python does at its end could wait for the other processes
+    if code:
+        sys.exit(code)
 
 
 # ---------------------------------------------------------------------------------------------------------------- seeds
@@ -76,12 +100,14 @@ def seed_everything(*key):
 
 
 def pick_device(name="auto"):
-    """torch.device for 'auto', 'cpu', 'cuda' or 'cuda:1'; lets cuDNN pick its fastest kernels, TF32 included.
+    """torch.device for 'auto', 'cpu', 'cuda' or 'cuda:1', under torchrun a GPU each; cuDNN picks its fastest kernels, TF32 too.
     Matrix products stay float32, PyTorch's default: the search is exact."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     if name.startswith("cuda") and not torch.cuda.is_available():
         raise InputError(f"--device {name}: this PyTorch sees no GPU; use --device cpu")
+    if name.startswith("cuda") and "LOCAL_RANK" in os.environ:
+        name = f"cuda:{os.environ['LOCAL_RANK']}"
     try:
         device = torch.device(name)
         torch.empty(1, device=device)
@@ -124,22 +150,6 @@ def normalise(x):
     return x / torch.linalg.vector_norm(x, dim=1, keepdim=True).clamp(min=torch.finfo(torch.float32).tiny)
 
 
-@contextlib.contextmanager
-def processes(device):
-    """Under torchrun, join the group of processes; yields this one's device and whether it is the first."""
-    if int(os.environ.get("WORLD_SIZE", 1)) == 1:
-        yield device, True
-        return
-    if device.type == "cuda":
-        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
-        torch.cuda.set_device(device)
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
-    try:
-        yield device, dist.get_rank() == 0
-    finally:
-        dist.destroy_process_group()
-
-
 def peak_memory(device):
     """Peak memory in GiB: of the GPU's allocator, or of this process on a CPU."""
     if device.type == "cuda":
@@ -147,6 +157,73 @@ def peak_memory(device):
     import resource  # POSIX only, like fcntl; the unit is KiB on Linux
 
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+
+
+# ---------------------------------------------------------------------------------------- several processes (torchrun)
+
+
+@contextlib.contextmanager
+def processes(device):
+    """Under torchrun, join the group of processes; yields whether this is the first. A process that dies ends the others, so
+    nobody need give up waiting: the first may embed for hours to draw folds."""
+    if int(os.environ.get("WORLD_SIZE", 1)) == 1:
+        yield True
+        return
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=datetime.timedelta(days=7))
+    yield dist.get_rank() == 0
+    dist.destroy_process_group()  # not after an error: it would wait for the others
+
+
+def fails_first():
+    """Whether no other process has failed before, so that this one has to say why."""
+    if int(os.environ.get("WORLD_SIZE", 1)) == 1:
+        return True
+    try:
+        store, *_ = next(dist.rendezvous("env://", timeout=datetime.timedelta(seconds=30)))  # torchrun's: it outlives them
+        return store.add(f"failed {os.environ.get('TORCHELASTIC_RESTART_COUNT')}", 1) == 1
+    except RuntimeError:  # another launcher's store may be gone: better said twice than not at all
+        return True
+
+
+def place():
+    """(number of this process, how many there are); (0, 1) outside `processes`."""
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+
+def share(n, step=1):
+    """The slice of n rows that is this process's: whole steps of rows, the processes' shares one after the other."""
+    (rank, ranks), steps = place(), -(-n // step)
+    low, high = (min(n, -(-steps * i // ranks) * step) for i in (rank, rank + 1))
+    return slice(low, high)
+
+
+def on_first(work, *args):
+    """work(*args) on the first process, while the others wait; the result on all of them."""
+    rank, ranks = place()
+    box = [work(*args) if rank == 0 else None]
+    if ranks > 1:
+        dist.broadcast_object_list(box)
+    return box[0]
+
+
+def gather(array):
+    """The processes' arrays [n, D], one after the other, on every process; n may differ."""
+    arrays = [array] * place()[1]
+    if len(arrays) == 1:
+        return array
+    dist.all_gather_object(arrays, array)
+    return np.concatenate([a for a in arrays if len(a)])  # one without rows knows no D
+
+
+def sum_up(tensors):
+    """Replace float32 tensors by their sums over the processes, in one exchange."""
+    if place()[1] > 1:
+        joined = torch.cat([t.flatten() for t in tensors])
+        dist.all_reduce(joined)
+        for tensor, total in zip(tensors, joined.split([t.numel() for t in tensors]), strict=True):
+            tensor.copy_(total.view_as(tensor))
 
 
 # ---------------------------------------------------------------------------------------------------------------- files
@@ -236,7 +313,10 @@ def file_fingerprint(path):
 @contextlib.contextmanager
 def lock(folder, wait=False):
     """Hold `folder` against other processes; wait for them, or refuse. A POSIX lock: loader workers do not inherit it,
-    and it ends with the process, however that ends."""
+    and it ends with the process, however that ends. Under torchrun the first process holds it for all."""
+    if place()[0]:
+        yield
+        return
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     with open(folder / ".lock", "w") as file:
@@ -271,8 +351,9 @@ def gap(predicted, confidence, truth):
 
 
 def progress(iterable, what, total=None):
-    """tqdm bar on a terminal, nothing in a log file. PROGRESS=1 forces it (run_all.sh pipes its output through tee)."""
-    show = sys.stderr.isatty() or os.environ.get("PROGRESS") == "1"
+    """tqdm bar on a terminal, nothing in a log file. PROGRESS=1 forces it (run_all.sh pipes its output through tee). Under
+    torchrun it shows the first process's share."""
+    show = (sys.stderr.isatty() or os.environ.get("PROGRESS") == "1") and place()[0] == 0
     return tqdm(iterable, what, total, leave=False, disable=not show, mininterval=0.5)
 
 
