@@ -12,7 +12,7 @@ import warnings
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path, PurePosixPath
 
-from utils import InputError, atomic, fingerprint, lock, progress
+from utils import InputError, atomic, fingerprint, lock, place, progress, share
 
 import cv2
 import numpy as np
@@ -371,6 +371,12 @@ class Images(Dataset):
         other.size = size
         return other
 
+    def part(self, rows):
+        """Those of a slice of rows."""
+        other = copy.copy(self)
+        other.names, other.labels = self.names[rows], self.labels[rows]
+        return other
+
     def __getitem__(self, item):
         epoch, row = item if isinstance(item, tuple) else (0, item)
         image = resize(read_image(self.folder / self.names[row]), self.size, self.how)
@@ -384,21 +390,31 @@ class Images(Dataset):
 
 
 class EpochSampler(Sampler):
-    """Items (epoch, row), all rows once in an order that is a function of (seed, epoch). Set .epoch before each pass."""
+    """Batches of items (epoch, row), all rows once in an order that is a function of (seed, epoch), a last short batch dropped.
+    Under torchrun, of each of the `parts` that a batch is computed in, this process's share: .sizes. Set .epoch before each
+    pass."""
 
-    def __init__(self, rows, seed):
-        self.rows, self.seed, self.epoch = rows, seed, 0
+    def __init__(self, rows, seed, batch_size, parts=1):
+        self.rows, self.seed, self.epoch, self.batch_size = rows, seed, 0, min(batch_size, rows)
+        whole = torch.arange(self.batch_size).chunk(parts)
+        if (ranks := place()[1]) > min(map(len, whole)):
+            raise InputError(f"{ranks} processes cannot share {min(map(len, whole))} images, a batch or its part: start fewer, "
+                             "or give a larger --batch-size or a smaller --grad-accum")
+        mine = [part[share(len(part))] for part in whole]
+        self.sizes, self.mine = list(map(len, mine)), torch.cat(mine).numpy()
 
     def __len__(self):
-        return self.rows
+        return self.rows // self.batch_size
 
     def __iter__(self):
         order = np.random.default_rng((self.seed, self.epoch)).permutation(self.rows)
-        return iter([(self.epoch, int(row)) for row in order])
+        for batch in order[:len(self) * self.batch_size].reshape(-1, self.batch_size):
+            yield [(self.epoch, int(row)) for row in batch[self.mine]]
 
 
 def default_workers():
-    return min(8, max(1, (os.cpu_count() or 1) - 1))  # a core is left to the training process
+    cores = (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    return min(8, max(1, cores - 1))  # a core is left to the training process
 
 
 def _start_worker(_):
@@ -407,10 +423,10 @@ def _start_worker(_):
         signal.signal(number, signal.SIG_IGN)
 
 
-def make_loader(images, batch_size, workers, device, sampler=None):
-    """Batches (uint8 [B, 3, H, W], int64 [B]), in order, or in the sampler's order with a last short batch dropped. The loader
-    has a random generator of its own: it draws from it when its workers start, in the first epoch and after a resume."""
-    return DataLoader(images, batch_size, sampler=sampler, num_workers=workers, worker_init_fn=_start_worker,
-                      generator=torch.Generator(), pin_memory=device.type == "cuda",
-                      persistent_workers=workers > 0 and sampler is not None,
-                      drop_last=sampler is not None and len(images) > batch_size)
+def make_loader(images, batches, workers, device):
+    """Batches (uint8 [B, 3, H, W], int64 [B]): of so many images, in order, or those of an EpochSampler. The loader has a
+    random generator of its own: it draws from it when its workers start, in the first epoch and after a resume."""
+    ordered = isinstance(batches, int)
+    return DataLoader(images, **{"batch_size" if ordered else "batch_sampler": batches}, num_workers=workers,
+                      worker_init_fn=_start_worker, generator=torch.Generator(), pin_memory=device.type == "cuda",
+                      persistent_workers=workers > 0 and not ordered)

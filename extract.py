@@ -5,6 +5,7 @@ Writes output/<arch>/fold<k>/{train,test,head}.npy (float32 [N, 512] in the CSV'
 
     python extract.py                                  # all finished runs; what is up to date is skipped
     python extract.py --arch nfnet_l0 --fold 3         # one run
+    torchrun --nproc_per_node 4 extract.py             # the images shared among processes, one GPU each
     python extract.py --arch dm_nfnet_f0 --fold 0 --weights original.pth --size 256 --precision fp32
 """
 
@@ -16,19 +17,23 @@ from utils import (
     autocast,
     duration,
     file_fingerprint,
+    gather,
     keep_freed_memory,
     load_checkpoint,
     load_json,
     lock,
+    on_first,
     peak_memory,
     pick_device,
     pick_precision,
+    processes,
     progress,
     run,
     save_checkpoint,
     save_json,
     save_npy,
     script_parser,
+    share,
 )
 
 import numpy as np
@@ -123,10 +128,16 @@ def embed(model, images, device, precision="fp32", batch_size=64, workers=0, wha
     return result
 
 
+def embed_shared(model, images, device, precision, batch_size, *more):
+    """embed, under torchrun by all processes together: whole batches each, the batches of one process; all get the result."""
+    mine = images.part(share(len(images), batch_size))
+    return gather(embed(model, mine, device, precision, batch_size, *more))
+
+
 @torch.inference_mode()
 def embed_pass(model, images, device, precision, batch_size, workers, what, output):
     """embed at one size. A batch that does not fit the GPU is halved, from there on."""
-    result, done = None, 0
+    result, done = np.empty((0, 0), np.float32), 0
     with progress(None, what, len(images)) as bar:
         for batch, _ in make_loader(images, batch_size, workers, device):
             batch = batch.to(device, non_blocking=True)
@@ -142,7 +153,7 @@ def embed_pass(model, images, device, precision, batch_size, workers, what, outp
                     batch_size //= 2
                     torch.cuda.empty_cache()
                     continue
-                if result is None:
+                if not len(result):
                     result = np.empty((len(images), both.shape[1]), np.float32)
                 result[done:done + len(part)] = ((both[:len(part)] + both[len(part):]) / 2).cpu().numpy()
                 at += len(part)
@@ -204,8 +215,8 @@ def import_weights(args, folder, train):
                                          "head_fits": part == "all"})
 
 
-def extract(folder, args, train, test, device):
-    """Embeddings of one run, unless those on disk are of this checkpoint and these rows."""
+def extract(folder, args, train, test, device, first):
+    """Embeddings of one run, unless those on disk are of this checkpoint and these rows. `first`: this process writes."""
     start = time.time()
     recorded = load_json(folder / "args.json")
     stamp = {"train": train_fingerprint(train), "test": None if test is None else test_fingerprint(test),
@@ -214,8 +225,11 @@ def extract(folder, args, train, test, device):
              "sizes": args.test_size or recorded.get("test_size") or [recorded["size"]], "gem_p": args.gem_p}
     names = ["train.npy", "test.npy", "head.npy"] if test is not None else ["train.npy", "head.npy"]
     stamp_file = folder / "extract.json"
-    whole = all((folder / name).exists() for name in [*names, stamp_file.name])
-    if whole and load_json(stamp_file).items() >= stamp.items():
+
+    def up_to_date():
+        return all((folder / n).exists() for n in [*names, stamp_file.name]) and load_json(stamp_file).items() >= stamp.items()
+
+    if on_first(up_to_date):
         print(f"{folder}: up to date")
         return
     checkpoint = load_checkpoint(folder / "best.pt")
@@ -228,7 +242,8 @@ def extract(folder, args, train, test, device):
     head = "softmax" if isinstance(model.head, Softmax) else "arcface" if checkpoint["head_fits"] else None
     stamp |= {"resize": stored["resize"], "classes": len(classes), "head": head,
               "centres": getattr(model.head, "centres", 1)}
-    stamp_file.unlink(missing_ok=True)  # from here to the end the embeddings on disk are no matching set
+    if first:
+        stamp_file.unlink(missing_ok=True)  # from here to the end the embeddings on disk are no matching set
     batch_size = args.batch_size or (512 if device.type == "cuda" else 64)
     rows = {"train": (args.input, train["path"])}
     if test is not None:
@@ -238,10 +253,12 @@ def extract(folder, args, train, test, device):
         name = f"{folder.parent.name}/{folder.name} {split}"
         if split == "test" and args.adapt_bn:
             adapt_bn(model, images.at(stamp["sizes"][0]), device, stamp["precision"], batch_size, args.workers)
-        save_npy(folder / f"{split}.npy", embed(model, images, device, stamp["precision"], batch_size, args.workers, name,
-                                                stamp["sizes"]))
-    save_npy(folder / "head.npy", model.head.weight.detach().float().cpu().numpy())
-    save_json(stamp_file, stamp)
+        embedded = embed_shared(model, images, device, stamp["precision"], batch_size, args.workers, name, stamp["sizes"])
+        if first:
+            save_npy(folder / f"{split}.npy", embedded)
+    if first:
+        save_npy(folder / "head.npy", model.head.weight.detach().float().cpu().numpy())
+        save_json(stamp_file, stamp)
     seconds, count = time.time() - start, sum(len(files) for _, files in rows.values())
     print(f"{folder}: {count} images in {duration(seconds)}, {count / seconds:.0f} images/s at "
           f"{' + '.join(map(str, stamp['sizes']))} px, "
@@ -255,16 +272,17 @@ def main():
     test = read_test(args.input) if (Path(args.input) / "sample_submission.csv").exists() else None
     if test is None:
         print(f"{args.input}/sample_submission.csv is not there: training images only")
-    check_images(args.input, train["path"])
-    if test is not None:
-        check_images(Path(args.input) / "test", test["filename"])
-    if args.weights:
-        folder = run_folder(args.output, args.arch, args.fold)
-        with lock(folder):
-            import_weights(args, folder, train)
-    for folder in finished_runs(args.output, args.arch, args.fold):
-        with lock(folder):
-            extract(folder, args, train, test, device)
+    with processes(device) as first:
+        on_first(check_images, args.input, train["path"])
+        if test is not None:
+            on_first(check_images, Path(args.input) / "test", test["filename"])
+        if args.weights:
+            folder = run_folder(args.output, args.arch, args.fold)
+            with lock(folder):
+                on_first(import_weights, args, folder, train)
+        for folder in on_first(finished_runs, args.output, args.arch, args.fold):
+            with lock(folder):
+                extract(folder, args, train, test, device, first)
 
 
 if __name__ == "__main__":

@@ -14,7 +14,9 @@ from utils import InputError, load_checkpoint
 import numpy as np
 import timm
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
+from timm.layers import convert_sync_batchnorm
 from torch import nn
 
 EMBEDDING = 512
@@ -135,6 +137,63 @@ def make_backbone(arch):
     if LITE.fullmatch(arch):  # TensorFlow's lite weights saw images in [-1, 1]
         backbone.pretrained_cfg.update(mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5))
     return backbone
+
+
+class JointNorm(torch.autograd.Function):
+    """F.batch_norm in training, its mean and variance those of all processes' batches. The variances join by Chan et al.,
+    Updating Formulae and a Pairwise Algorithm for Computing Sample Variances, 1979, eq. 2.1; the gradient is that of Ioffe and
+    Szegedy, Batch Normalization, 2015, section 3, its two sums over all batches too."""
+
+    @staticmethod
+    def forward(ctx, x, weight, bias, eps):
+        blank = x.new_zeros(2, x.shape[1], dtype=torch.float32)  # unused, but of float32, and so then are mean and variance
+        mean, variance = torch.batch_norm_update_stats(x, *blank, 0.0)
+        own = torch.cat([mean, variance, mean.new_tensor([x.numel() / len(mean)])])
+        each = [torch.empty_like(own) for _ in range(dist.get_world_size())]
+        dist.all_gather(each, own)
+        means, variances, counts = torch.stack(each).split([len(mean), len(mean), 1], 1)
+        count = counts.sum()
+        mean = (means * counts).sum(0) / count
+        variance = ((variances + (means - mean).square()) * counts).sum(0) / count
+        ctx.save_for_backward(x, weight, mean, variance, count)
+        ctx.eps = eps
+        ctx.mark_non_differentiable(mean, variance, count)
+        return F.batch_norm(x, mean, variance, weight, bias, False, 0.0, eps), mean, variance, count
+
+    @staticmethod
+    def backward(ctx, grad, *_):
+        x, weight, mean, variance, count = ctx.saved_tensors
+        own = torch.ops.aten.native_batch_norm_backward(grad, x, weight, mean, variance, None, None, False, ctx.eps, [True] * 3)
+        sums = torch.stack(own[1:])  # over pixels: grad * normalised x, grad
+        dist.all_reduce(sums)
+        slope, level = sums * weight * (variance + ctx.eps).rsqrt() / count
+        slope = slope * (variance + ctx.eps).rsqrt()
+        slope, level = (c.view(-1, *[1] * (x.ndim - 2)) for c in (slope, level - slope * mean))
+        return own[0].sub_(torch.addcmul(level, x, slope)), *own[1:], None
+
+
+class JointBatchNorm(nn.SyncBatchNorm):
+    """nn.SyncBatchNorm on a CPU, for which PyTorch's has no kernels. timm's layers keep their activation."""
+
+    def forward(self, x):
+        if self.training:
+            x, mean, variance, count = JointNorm.apply(x, self.weight, self.bias, self.eps)
+            self.num_batches_tracked += 1
+            self.running_mean.lerp_(mean, self.momentum)
+            self.running_var.lerp_(variance * count / (count - 1), self.momentum)
+        else:
+            x = super().forward(x)
+        return self.act(self.drop(x)) if hasattr(self, "act") else x
+
+
+def join_batch_norm(model, device):
+    """Let the batch norms of `model` see the processes' batches together; parameters and their names stay."""
+    if device.type == "cuda":
+        convert_sync_batchnorm(model)
+        return
+    for module in model.modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm):
+            module.__class__ = JointBatchNorm
 
 
 # -------------------------------------------------------------------------------------------------------------- weights

@@ -5,10 +5,12 @@ Writes output/<arch>/fold<k>/{args.json,log.csv,last.pt,best.pt}
 
     python train.py --arch nfnet_l0 --fold 3
     python train.py --arch tf_efficientnet_lite0 --fold 0 --input input/demo --output output/demo --size 128 --epochs 6
+    torchrun --nproc_per_node 4 train.py --arch nfnet_l0 --fold 3     # each batch shared among processes, one GPU each
 """
 
 import argparse
 import math
+import os
 import time
 
 from utils import (
@@ -22,15 +24,19 @@ from utils import (
     load_checkpoint,
     load_json,
     lock,
+    on_first,
     peak_memory,
     pick_device,
     pick_precision,
+    place,
+    processes,
     progress,
     run,
     save_checkpoint,
     save_json,
     script_parser,
     seed_everything,
+    sum_up,
 )
 
 import numpy as np
@@ -56,8 +62,8 @@ from dataset import (
     read_train,
     train_fingerprint,
 )
-from extract import embed, is_finished, run_folder
-from models import Model, class_weights, load_weights, loss_sum
+from extract import embed, embed_shared, is_finished, run_folder
+from models import Model, class_weights, join_batch_norm, load_weights, loss_sum
 from search import topk
 
 MACHINE = {"input", "output", "workers", "device", "check", "restart", "eval_batch_size"}  # free to change on a resume
@@ -84,7 +90,7 @@ def parse_args():
         "learn (default 0)")
     add("--ema", type=float, default=0.0, help="validate and keep a moving average of the weights that forgets 1 - x a step, "
         "e.g. 0.99; 0 = off (default 0)")
-    add("--batch-size", type=int, default=32, help="images an optimiser step (default 32)")
+    add("--batch-size", type=int, default=32, help="images an optimiser step, of all processes together (default 32)")
     add("--grad-accum", type=int, default=1, help="parts a batch is computed in, to save memory (default 1)")
     add("--lr", type=float, default=0.002, help="peak learning rate of the backbone (default 0.002)")
     add("--head-lr-scale", type=float, default=1.0, help="pooling, neck and head learn at lr times this (default 1)")
@@ -102,8 +108,10 @@ def parse_args():
     add("--class-weights", action=argparse.BooleanOptionalAction, default=True, help="1 / log1p(count) (default on)")
     add("--pseudo", metavar="CSV", help="confidence.csv of an earlier round: its confident test images join the training")
     add("--pseudo-min", type=float, default=0.9, help="least confidence of such an image, 0..1 (default 0.9)")
-    add("--mixup", type=float, default=0.0, help="blend pairs of images, shares from Beta(x, x); 0 = off (default 0)")
-    add("--cutmix", type=float, default=0.0, help="paste a box of another image, area from Beta(x, x); 0 = off (default 0)")
+    add("--mixup", type=float, default=0.0, help="blend pairs of images, shares from Beta(x, x), not under torchrun; "
+        "0 = off (default 0)")
+    add("--cutmix", type=float, default=0.0, help="paste a box of another image, area from Beta(x, x), not under "
+        "torchrun; 0 = off (default 0)")
     augmentation_flags(parser)
     add("--precision", choices=["auto", "fp32", "bf16", "fp16"], default="auto", help="auto: the fastest that the device "
         "has in hardware (default auto)")
@@ -126,6 +134,8 @@ def parse_args():
         parser.error("--test-size must be 1 or more, --ema 0 or more and below 1, --head-first, --mixup, --cutmix 0 or more")
     if (args.mixup and args.cutmix) or not 0 <= args.pseudo_min <= 1 or not args.gem_p > 0:
         parser.error("--mixup and --cutmix exclude each other, --pseudo-min must be 0..1, --gem-p more than 0")
+    if (args.mixup or args.cutmix) and int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        parser.error("--mixup and --cutmix mix the images of a whole batch, and torchrun's processes see their shares only")
     check_augmentation_flags(parser, args)
     try:
         parse_clip(args.clip)
@@ -177,12 +187,13 @@ def clip_gradient(model, clip):
 
 def train_epoch(model, ema, loader, optimiser, scaler, weights, epoch, args, device, precision):
     """One pass. Returns (mean training loss, images/s). Epochs are counted from -head_first on: before 0 only pooling,
-    neck and head learn."""
+    neck and head learn. Under torchrun a process works on its share of each batch: losses and gradients, sums of terms over
+    the whole batch's divisor, are added up, and all take the same step."""
     model.train()
     frozen = epoch < 0
     model.backbone.train(not frozen).requires_grad_(not frozen)
     clip, smoothing = parse_clip(args.clip), args.label_smoothing if args.head == "softmax" else 0.0
-    losses, images, start = [], 0, time.time()
+    losses, batches, start = [], loader.batch_sampler, time.time()
     bar = progress(loader, f"epoch {epoch + 1}/{args.epochs}")
     for step, (batch, labels) in enumerate(bar):
         at = epoch + (step + 1) / len(loader)
@@ -194,13 +205,15 @@ def train_epoch(model, ema, loader, optimiser, scaler, weights, epoch, args, dev
         if args.mixup or args.cutmix:
             batch, others, share = mix(batch, labels, args.mixup, args.cutmix)
         total, loss = share * weights[labels].sum() + (1 - share) * weights[others].sum(), 0.0
-        for part, *truths in zip(*(t.chunk(args.grad_accum) for t in (batch, labels, others)), strict=True):
+        sum_up([total])
+        for part, *truths in zip(*(t.split(batches.sizes) for t in (batch, labels, others)), strict=True):
             with autocast(device, precision):
                 embedded = model(part)
             part_loss = sum(w * loss_sum(model.head(embedded, truth), truth, weights, smoothing)
                             for w, truth in zip((share, 1 - share), truths, strict=True) if w) / total
             scaler.scale(part_loss).backward()
             loss = loss + part_loss.detach()
+        sum_up([loss, *(p.grad for p in model.parameters() if p.grad is not None)])
         scaler.unscale_(optimiser)
         clip_gradient(model, clip)
         scaler.step(optimiser)
@@ -209,18 +222,17 @@ def train_epoch(model, ema, loader, optimiser, scaler, weights, epoch, args, dev
         if ema:
             ema.update(model, (epoch + args.head_first) * len(loader) + step)
         losses.append(loss)
-        images += len(batch)
         if (step + 1) % 20 == 0 or step + 1 == len(loader):  # looked at now and then: reading a loss waits for the GPU
             recent = torch.stack(losses[-20:]).mean().item()
             if not math.isfinite(recent):
                 raise InputError(f"the training loss became {recent} in epoch {epoch + 1}; {HINT}")
             bar.set_postfix(loss=f"{recent:.3f}")
-    return torch.stack(losses).mean().item(), images / (time.time() - start)
+    return torch.stack(losses).mean().item(), len(batches) * batches.batch_size / (time.time() - start)
 
 
 def validate(model, train_part, held_out, weights, args, device, precision):
     """Extraction and retrieval on the held-out fold: {val_loss, head_acc, gap, retrieval_acc}."""
-    reference, query = (embed(model, images, device, precision, args.eval_batch_size, args.workers, what, args.test_size)
+    reference, query = (embed_shared(model, images, device, precision, args.eval_batch_size, args.workers, what, args.test_size)
                         for images, what in [(train_part, "embedding train"), (held_out, "embedding held-out")])
     labels, truth = train_part.labels.numpy(), held_out.labels
     with torch.inference_mode():
@@ -306,8 +318,8 @@ def fit(folder, args, recorded, train, fold, device):
     def images(rows, augment=None):
         return Images(args.input, paths[rows], truth[rows], args.size, args.resize, augment, args.seed)
 
-    sampler = EpochSampler(len(seen), args.seed)
-    loader = make_loader(images(seen, augment), args.batch_size, args.workers, device, sampler)
+    sampler = EpochSampler(len(seen), args.seed, args.batch_size, args.grad_accum)
+    loader = make_loader(images(seen, augment), sampler, args.workers, device)
     counts = class_weights(truth[seen], len(classes)) if args.class_weights else torch.ones(len(classes))
     weights = counts.to(device)
 
@@ -318,6 +330,9 @@ def fit(folder, args, recorded, train, fold, device):
     model.pool.p.data.fill_(args.gem_p)
     said = f"resuming after epoch {done - args.head_first}" if done else load_weights(model, args.arch, args.weights)[0]
     model.to(device, memory_format=torch.channels_last)
+    rank, ranks = place()
+    if ranks > 1:
+        join_batch_norm(model, device)
     optimiser = make_optimiser(model, args)
     scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")
     ema = ModelEmaV3(model, args.ema, use_warmup=True) if args.ema else None
@@ -334,7 +349,8 @@ def fit(folder, args, recorded, train, fold, device):
 
     for epoch in range(done - args.head_first, args.epochs):
         start = time.time()
-        seed_everything(args.seed, epoch + args.head_first)  # all randomness is a function of seed and epoch: no state to save
+        # All randomness is a function of seed and epoch: no state to save. Dropout differs between processes.
+        seed_everything(args.seed, epoch + args.head_first, rank)
         sampler.epoch = epoch + args.head_first
         loss, speed = train_epoch(model, ema, loader, optimiser, scaler, weights, epoch, args, device, precision)
         row = {"epoch": epoch + 1, "lr": optimiser.param_groups[0]["lr"], "train_loss": loss, "val_loss": None,
@@ -347,8 +363,11 @@ def fit(folder, args, recorded, train, fold, device):
         if not all(tensor.isfinite().all() for tensor in kept.state_dict().values()):
             raise InputError(f"the weights became infinite in epoch {epoch + 1}; {HINT}")
         accurate = row["retrieval_acc"] if len(outside) else float(last)
-        if accurate is not None and accurate >= best:
-            best = accurate
+        better = accurate is not None and accurate >= best
+        best = accurate if better else best
+        if rank:
+            continue  # the first process writes
+        if better:
             save_checkpoint(folder / "best.pt", {"model": kept.state_dict(), "classes": classes, "args": recorded,
                                                  "epoch": epoch + 1, "head_fits": True})
         save_checkpoint(folder / "last.pt", {"model": model.state_dict(), "ema": ema.module.state_dict() if ema else None,
@@ -357,7 +376,8 @@ def fit(folder, args, recorded, train, fold, device):
                                              "train": stamp})
         write_log(folder, history)
         report(row, history, args.epochs, device)
-    write_log(folder, history)  # once more: a kill may have come between last.pt and its log
+    if rank == 0:
+        write_log(folder, history)  # once more: a kill may have come between last.pt and its log
     held_out = f"best retrieval accuracy on the held-out fold {best:.4f}; " if len(outside) else ""
     print(f"{folder} finished: {held_out}{model.pool}")
 
@@ -367,16 +387,18 @@ def main():
     device = pick_device(args.device)
     args.precision = pick_precision(args.precision, device)
     train = read_train(args.input)
-    check_images(args.input, train["path"], args.check)
-    check_test(args.input, args.check)  # not needed here, but better known now than after ten runs
-    fold = load_folds(args.output, train, args.n_folds, args.seed, args.fold_by, lambda: looks(args, train, device))
-    folder = run_folder(args.output, args.arch, args.fold)
-    with lock(folder):
-        recorded = record_arguments(folder, args)
-        if is_finished(folder):
-            print(f"{folder} finished already")
-        else:
-            fit(folder, args, recorded, train, fold, device)
+    with processes(device):
+        on_first(check_images, args.input, train["path"], args.check)
+        on_first(check_test, args.input, args.check)  # not needed here, but better known now than after ten runs
+        fold = on_first(load_folds, args.output, train, args.n_folds, args.seed, args.fold_by,
+                        lambda: looks(args, train, device))
+        folder = run_folder(args.output, args.arch, args.fold)
+        with lock(folder):
+            recorded = on_first(record_arguments, folder, args)
+            if on_first(is_finished, folder):
+                print(f"{folder} finished already")
+            else:
+                fit(folder, args, recorded, train, fold, device)
 
 
 if __name__ == "__main__":

@@ -136,8 +136,8 @@ def train_peer(fold, seed, args):
     load_weights(model, args.arch, "auto")
     model.to(device, memory_format=torch.channels_last)
     loss = ArcFaceLoss(len(classes), EMBEDDING).to(device)
-    sampler = EpochSampler(len(parts[0]), seed)
-    loader = make_loader(parts[0], 32, workers, device, sampler)
+    sampler = EpochSampler(len(parts[0]), seed, 32)
+    loader = make_loader(parts[0], sampler, workers, device)
     lr, scale = float(BASE[1]), float(BASE[3])
     new = [*model.pool.parameters(), *model.neck.parameters(), *loss.parameters()]
     optimiser = torch.optim.SGD([{"params": model.backbone.parameters(), "scale": 1.0}, {"params": new, "scale": scale}], lr,

@@ -256,9 +256,9 @@ def test_augmentation_parts_and_their_switches():
 def test_items_do_not_depend_on_the_workers(data):
     train = read_train(data)
     images = Images(data, train["path"], encode(train["label"])[1], 32, augment=augment(), seed=3)
-    sampler = EpochSampler(len(images), 3)
+    sampler = EpochSampler(len(images), 3, 5)
     sampler.epoch = 2
-    passes = [list(DataLoader(images, 5, sampler=sampler, num_workers=w)) for w in (0, 2)]
+    passes = [list(DataLoader(images, batch_sampler=sampler, num_workers=w)) for w in (0, 2)]
     assert all(torch.equal(a[0], b[0]) and torch.equal(a[1], b[1]) for a, b in zip(*passes, strict=True))
     before = torch.get_rng_state()
     assert not torch.equal(images[(1, 0)][0], images[(2, 0)][0]) and torch.equal(before, torch.get_rng_state())

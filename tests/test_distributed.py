@@ -1,0 +1,158 @@
+"""Two processes (gloo, CPU) against one: training, resuming, extraction, errors."""
+
+import json
+import os
+import shutil
+import socket
+import subprocess
+import sys
+
+import utils
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from conftest import ROOT, TINY, make_data, script
+from ranks import keep_first_epoch
+
+TOLERANCE = 1e-3  # of the way that the weights went
+# Batches of 7 images, shared 4 and 3, through batch norm; and of 6 in two parts, shared 2 and 1 each, with clipping.
+NETS = {"test_efficientnet": ["--size", 64, "--batch-size", 7, "--ema", 0.5, "--fold-by", "look"],
+        "test_nfnet": ["--batch-size", 6, "--grad-accum", 2, "--clip", "agc:0.01", "--head-first", 1]}
+
+
+def command(data, output, arch):
+    return ["train.py", "--arch", arch, "--fold", 0, "--input", data, "--output", output, *TINY, "--epochs", 2, "--lr", 0.01,
+            *NETS[arch]]
+
+
+def stopped_after_first_epoch(finished, output):
+    """A run folder as a kill after the first epoch leaves it."""
+    folder = output / finished.parent.name / finished.name
+    folder.mkdir(parents=True)
+    shutil.copy(finished / "args.json", folder)
+    shutil.copy(finished / "epoch1.pt", folder / "last.pt")
+    shutil.copy(finished.parent.parent / "folds.csv", output)
+
+
+def two_processes(commands):
+    ports = []
+    for _ in commands:
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            ports.append(free.getsockname()[1])
+    work = json.dumps(list(zip(ports, commands, strict=True)), default=str)
+    group = {**os.environ, "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "OMP_NUM_THREADS": "1"}
+    both = [subprocess.Popen([sys.executable, ROOT / "tests/ranks.py", work], cwd=ROOT, stderr=subprocess.PIPE, text=True,
+                             env=group | {"RANK": str(rank), "LOCAL_RANK": str(rank)}) for rank in range(2)]
+    said = [process.communicate()[1] for process in both]
+    assert [process.returncode for process in both] == [0, 0], said
+
+
+@pytest.fixture(scope="module")
+def runs(data, output, tmp_path_factory):
+    """Folders: the runs of one process, of two, of one and then two, of two and then one; `output` extracted by two."""
+    base = tmp_path_factory.mktemp("distributed")
+    where = {name: base / name for name in ("one", "two", "one_two", "two_one", "extracted")}
+    save = keep_first_epoch()
+    for arch in NETS:
+        script(*command(data, where["one"], arch))
+    utils.save_checkpoint = save
+    stopped_after_first_epoch(where["one"] / "test_efficientnet/fold0", where["one_two"])
+    shutil.copytree(output, where["extracted"])
+    extract = ["extract.py", "--input", data, "--output", where["extracted"], "--batch-size", 5, "--precision", "fp32"]
+    two_processes([*(command(data, where["two"], arch) for arch in NETS),
+                   command(data, where["one_two"], "test_efficientnet"), extract + ["--workers", 1, "--test-size", 32, 40]])
+    stopped_after_first_epoch(where["two"] / "test_efficientnet/fold0", where["two_one"])
+    script(*command(data, where["two_one"], "test_efficientnet"))
+    return where
+
+
+def load(folder, arch, name="last.pt"):
+    return utils.load_checkpoint(folder / arch / "fold0" / name)
+
+
+@pytest.mark.parametrize("name, arch", [("two", "test_efficientnet"), ("two", "test_nfnet"), ("one_two", "test_efficientnet"),
+                                        ("two_one", "test_efficientnet")])
+def test_two_processes_train_what_one_does(runs, name, arch):
+    """Float32 sums in another order, and nothing else. So differ two runs of one process with other vector instructions
+    as well (AVX2 for AVX-512)."""
+    one, other = load(runs["one"], arch), load(runs[name], arch)
+    before = load(runs["one"], arch, "epoch1.pt")
+    for part in ("model", "ema"):
+        if one[part]:
+            step, off = (sum((a[key].double() - b[key].double()).square().sum() for key in a).sqrt()
+                         for a, b in [(one[part], before[part]), (one[part], other[part])])
+            assert off < TOLERANCE * step, (part, off / step)
+    logs = [pd.read_csv(folder / arch / "fold0" / "log.csv").drop(columns=["images_per_s", "seconds"])
+            for folder in (runs["one"], runs[name])]
+    pd.testing.assert_frame_equal(*logs, rtol=1e-4)
+    assert one["model"].keys() == other["model"].keys() and one["epoch"] == other["epoch"]
+    assert (runs["one"] / "folds.csv").read_bytes() == (runs[name] / "folds.csv").read_bytes()
+
+
+def test_two_processes_extract_what_one_does(runs, data, output, tmp_path):
+    """Bit for bit: whole batches go to a process, and a batch of one process is a batch of two."""
+    shutil.copytree(output, tmp_path / "one")
+    script("extract.py", "--input", data, "--output", tmp_path / "one", "--batch-size", 5, "--precision", "fp32", "--workers",
+           1, "--test-size", 32, 40)
+    for run in ("test_efficientnet/fold0", "test_nfnet/fold1"):
+        for name in ("train.npy", "test.npy", "head.npy", "extract.json"):
+            one, two = (folder / run / name for folder in (tmp_path / "one", runs["extracted"]))
+            assert one.read_bytes() == two.read_bytes(), (run, name)
+
+
+def test_an_unreadable_image_ends_all_processes_with_one_sentence(tmp_path):
+    data = make_data(tmp_path / "d")
+    broken = data / "train/bottle_0.png"
+    broken.write_bytes(broken.read_bytes()[:60])  # its header is whole
+    flags = ["--arch", "test_nfnet", "--fold", "all", "--input", data, "--output", tmp_path, *TINY, "--epochs", "99"]
+    done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "train.py",
+                           *flags], cwd=ROOT, capture_output=True, text=True, timeout=300)
+    said = [line for line in done.stderr.splitlines() if line.startswith(("error", "interrupted"))]
+    assert len(said) == 1 and "bottle_0.png" in said[0] and done.returncode == 1, done.stderr
+    assert "exitcode  : 2" in done.stderr.partition("Root Cause")[2] and "Connection closed" not in done.stderr
+
+
+def test_what_several_processes_cannot_do_is_said(monkeypatch):
+    from dataset import EpochSampler
+
+    monkeypatch.setattr("dataset.place", lambda: (0, 3))
+    with pytest.raises(utils.InputError, match="3 processes cannot share 2 images"):
+        EpochSampler(100, 0, 8, 4)
+
+
+def test_the_shares_of_a_batch_make_the_batch(monkeypatch):
+    from dataset import EpochSampler
+
+    whole = EpochSampler(25, 3, 10, 2)
+    shares = []
+    for rank in range(3):
+        for module in ("dataset", "utils"):
+            monkeypatch.setattr(f"{module}.place", lambda rank=rank: (rank, 3))
+        shares.append(EpochSampler(25, 3, 10, 2))
+    assert [s.sizes for s in shares] == [[2, 2], [2, 2], [1, 1]] and [s.batch_size for s in shares] == [10] * 3
+    for batch, *parts in zip(whole, *shares, strict=True):
+        split = [[part[:len(part) // 2], part[len(part) // 2:]] for part in parts]
+        assert batch == [item for half in (0, 1) for part in split for item in part[half]]
+
+
+def test_shares_are_whole_steps_and_cover_all(monkeypatch):
+    for n, ranks, step in [(24, 2, 5), (3, 4, 1), (1, 2, 64), (100, 3, 7)]:
+        rows = []
+        for rank in range(ranks):
+            monkeypatch.setattr("utils.place", lambda rank=rank, ranks=ranks: (rank, ranks))
+            part = utils.share(n, step)
+            assert part.start % step == 0 or part.start == n
+            rows += range(n)[part]
+        assert rows == list(range(n))
+
+
+def test_the_first_process_draws_what_one_alone_draws():
+    utils.seed_everything(9999, 3)
+    alone = torch.rand(3), np.random.rand(3)
+    utils.seed_everything(9999, 3, 0)
+    first = torch.rand(3), np.random.rand(3)
+    utils.seed_everything(9999, 3, 1)
+    assert torch.equal(alone[0], first[0]) and np.array_equal(alone[1], first[1]) and not torch.equal(alone[0], torch.rand(3))
