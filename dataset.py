@@ -220,17 +220,24 @@ def folds_by(output):
 def read_image(path):
     """Upright RGB uint8 [H, W, 3] of any image OpenCV reads: grey, 16-bit, CMYK, EXIF-rotated; transparency over white."""
     try:
-        data = np.fromfile(path, np.uint8)  # not cv2.imread: that one fails on non-ASCII paths on some systems
+        return decode_image(np.fromfile(path, np.uint8), path)  # not cv2.imread: it fails on non-ASCII paths on some systems
+    except OSError as error:
+        raise InputError(f"{path} cannot be read: {error.strerror or error}") from None
+
+
+def decode_image(data, name):
+    """read_image of a file's bytes, uint8 [n]; `name` says in an error which image it is."""
+    try:
         image = cv2.imdecode(data, cv2.IMREAD_COLOR_RGB) if len(data) else None
         if image is None:
-            raise InputError(f"{path} is no image that OpenCV reads; replace it or take it out of its CSV")
+            raise InputError(f"{name} is no image that OpenCV reads; replace it or take it out of its CSV")
         if data[:2].tobytes() != b"\xff\xd8":  # no JPEG: it may have an alpha channel
             raw = cv2.imdecode(data, cv2.IMREAD_UNCHANGED)
             if raw.ndim == 3 and raw.shape[2] == 4 and raw.shape[:2] == image.shape[:2]:
                 alpha = raw[..., 3:] / np.float32(np.iinfo(raw.dtype).max)
                 image = np.rint(image * alpha + 255 * (1 - alpha)).astype(np.uint8)
-    except (OSError, cv2.error) as error:
-        raise InputError(f"{path} cannot be read: {getattr(error, 'strerror', None) or str(error).strip()}") from None
+    except cv2.error as error:
+        raise InputError(f"{name} cannot be read: {str(error).strip()}") from None
     return image
 
 
