@@ -1,26 +1,29 @@
 #!/usr/bin/env bash
-# The whole job on one card: ten runs (2 backbones x 5 folds), extraction, retrieval. Run it again and it goes on where it
-# stopped: finished runs are skipped, a half-trained one resumes.
+# The whole job on one machine: ten runs (2 backbones x 5 folds), extraction, retrieval. Run it again and it goes on where it
+# stopped: finished runs are skipped, a half-trained one resumes. Each card of the machine trains a run at a time.
 #
 #   bash run_all.sh                               input/ -> output/submission.csv, the full recipe
 #   bash run_all.sh --demo                        makes a demo data set first; minutes on two CPU cores
 #   bash run_all.sh --archs "nfnet_l0" --folds "0 1" --epochs 10 --size 224 --input input/mine --output output/mine
 #
 # --archs and --folds list the runs; --input, --output name the folders; --rounds 2 trains once more, in output/round2, with
-# the confident test images of the first round; every other flag goes to train.py as it is.
+# the confident test images of the first round; --cards "0 2" takes these cards only (default all, or CUDA_VISIBLE_DEVICES);
+# --folds-only draws the demo and the folds and stops; every other flag goes to train.py as it is.
 set -uo pipefail
-cd "$(dirname "$0")" || exit 2
+cd "$(dirname "${BASH_SOURCE[0]}")" || exit 2
 
 ARCHS="nfnet_l0 tf_efficientnet_b1.ns_jft_in1k"
 FOLDS="0 1 2 3 4"
 INPUT=input
 OUTPUT=output
 ROUNDS=1
+CARDS=
 TRAIN=(--epochs 30)
 DEVICE=()
 DEMO=
+FOLDS_ONLY=
 
-usage() { sed -n '2,11s/^# \{0,1\}//p' run_all.sh; exit "$1"; }
+usage() { sed -n '2,12s/^# \{0,1\}//p' run_all.sh; exit "$1"; }
 [[ " $* " == *" --demo "* ]] && {
     DEMO=1 INPUT=input/demo OUTPUT=output/demo
     ARCHS="tf_efficientnet_lite0 tf_efficientnet_lite1"
@@ -29,18 +32,21 @@ usage() { sed -n '2,11s/^# \{0,1\}//p' run_all.sh; exit "$1"; }
 while (($#)); do
     case $1 in
         --demo) ;;
+        --folds-only) FOLDS_ONLY=1 ;;
         -h|--help) usage 0 ;;
-        --archs|--folds|--input|--output|--rounds)
+        --archs|--folds|--input|--output|--rounds|--cards)
             [[ -n ${2:-} ]] || { echo "error: $1 needs a value" >&2; exit 2; }
             name=${1#--}; declare "${name^^}=$2"; shift ;;
         --device) DEVICE=(--device "${2:-}"); shift ;;
-        --arch|--arch=*|--fold|--fold=*|--archs=*|--folds=*|--input=*|--output=*|--rounds=*|--device=*)
+        --arch|--arch=*|--fold|--fold=*|--archs=*|--folds=*|--input=*|--output=*|--rounds=*|--cards=*|--device=*)
             echo "error: ${1%%=*} is not for run_all.sh; write --archs \"A B\", --folds \"0 1\", --input DIR, --output DIR" >&2
             exit 2 ;;
         *) TRAIN+=("$1") ;;
     esac
     shift
 done
+archs=($ARCHS) folds=($FOLDS)
+[[ ${BASH_SOURCE[0]} == "$0" ]] || return 0  # scripts/slurm.sh reads its flags here
 
 if [[ -z $DEMO && ! -f $INPUT/train.csv ]]; then
     echo "error: $INPUT/train.csv is not there. Put there: train.csv (path,label), the images it names," >&2
@@ -52,21 +58,58 @@ fi
 mkdir -p "$OUTPUT" || exit 2
 exec 9> "$OUTPUT/.run_all.lock"
 flock -n 9 || { echo "error: another run_all.sh is at work on $OUTPUT; wait for it or stop it" >&2; exit 2; }
-[[ -t 1 ]] && export PROGRESS=1
 
+cards=(${CARDS//,/ })  # those that train side by side, a run at a time on each
+if [[ -z $CARDS && -z ${DEVICE[*]} ]]; then
+    found=${CUDA_VISIBLE_DEVICES-$(nvidia-smi -L 2> /dev/null | sed -n 's/^GPU \([0-9]*\):.*/\1/p')}
+    cards=(${found//,/ })
+    ((${#cards[@]} > 1)) || cards=()
+fi
+((${#cards[@]})) && export CUDA_VISIBLE_DEVICES=${cards[0]} || cards=("")  # one card: whichever PyTorch finds
+[[ -t 1 && ${#cards[@]} == 1 ]] && export PROGRESS=1
+
+child='' show=(cat)
 stage() {  # stage NAME LOG COMMAND...: run it, copy what it prints to LOG (without progress bars), note its seconds
     local name=$1 start=$SECONDS code; log=$2; shift 2
     mkdir -p "$(dirname "$log")"
-    exec {pipe}> >(tee -a "$log"); copy=$!
+    exec {pipe}> >(tee -a "$log" | "${show[@]}"); copy=$!
     "$@" >&"$pipe" 2>&1 {pipe}>&- &
     child=$!
     wait "$child"; code=$?
+    child=
     finish_log
     echo "$name,$((SECONDS - start))" >> "$OUTPUT/times.csv"
     return $code
 }
 finish_log() { exec {pipe}>&-; wait "$copy"; sed -i 's/.*\r//' "$log"; }  # all is printed and logged; no bars in the log
-stop() { kill -TERM "${child:-}" 2>/dev/null && { wait "$child"; finish_log; }; exit 130; }
+
+free=("${cards[@]}") run_of=() card_of=()  # the trainings at work, by process id
+train() {  # train ARCH FOLD LOG: start a run on a free card; waits for a card, not for the run
+    until ((${#free[@]})); do finish; done
+    (
+        trap stop TERM
+        run_of=() card_of=()
+        [[ ${free[0]} ]] && export CUDA_VISIBLE_DEVICES=${free[0]}
+        ((${#cards[@]} > 1)) && show=(sed -u "s|^|$1 fold $2: |")  # whose line it is
+        stage "training $1" "$3" "$PYTHON" train.py --arch "$1" --fold "$2" --input "$INPUT" --output "$out" \
+            "${DEVICE[@]}" "${pseudo[@]}" "${TRAIN[@]}"
+    ) &
+    run_of[$!]="$1 fold $2: see $3" card_of[$!]=${free[0]} free=("${free[@]:1}")
+}
+finish() {  # wait until a run ends: a failure is noted, its card is free
+    wait -n "${!run_of[@]}"
+    for pid in "${!run_of[@]}"; do
+        kill -0 "$pid" 2> /dev/null && continue
+        wait "$pid" || { failed+=("${run_of[$pid]}"); echo "FAILED: ${failed[-1]}" >&2; }
+        free+=("${card_of[$pid]}")
+        unset "run_of[$pid]" "card_of[$pid]"
+    done
+}
+stop() {
+    ((${#run_of[@]})) && kill -TERM "${!run_of[@]}" 2> /dev/null && wait "${!run_of[@]}"
+    [[ $child ]] && kill -TERM "$child" 2> /dev/null && { wait "$child"; finish_log; }
+    exit 130
+}
 trap stop INT TERM
 
 start=$SECONDS
@@ -74,6 +117,12 @@ start=$SECONDS
 echo "set-up,$((SECONDS - start))" >> "$OUTPUT/times.csv"
 if [[ -n $DEMO ]]; then
     stage "demo data" "$OUTPUT/make_demo.log" "$PYTHON" scripts/make_demo.py "$INPUT" --classes 20 --test-per-class 15 || exit
+fi
+
+if [[ $FOLDS_ONLY || (${#cards[@]} -gt 1 && ! -f $OUTPUT/folds.csv) ]]; then  # drawn once, as the first run would
+    stage folds "$OUTPUT/folds.log" "$PYTHON" train.py --folds-only --arch "${archs[0]}" --fold "${folds[0]}" \
+        --input "$INPUT" --output "$OUTPUT" "${DEVICE[@]}" "${TRAIN[@]}" || exit
+    [[ $FOLDS_ONLY ]] && exit
 fi
 
 failed=()
@@ -85,14 +134,10 @@ for ((round = 1; round <= ROUNDS; round++)); do
         pseudo=(--pseudo "$before/confidence.csv") out=$OUTPUT/round$round
         mkdir -p "$out" && cp "$OUTPUT/folds.csv" "$out/" || exit 2
     fi
-    for arch in $ARCHS; do
-        for fold in $FOLDS; do
-            log=$out/${arch//[\/:]/_}/fold$fold/train.log
-            stage "training $arch" "$log" "$PYTHON" train.py --arch "$arch" --fold "$fold" --input "$INPUT" --output "$out" \
-                "${DEVICE[@]}" "${pseudo[@]}" "${TRAIN[@]}" ||
-                { failed+=("$arch fold $fold: see $log"); echo "FAILED: ${failed[-1]}" >&2; }
-        done
+    for arch in "${archs[@]}"; do
+        for fold in "${folds[@]}"; do train "$arch" "$fold" "$out/${arch//[\/:]/_}/fold$fold/train.log"; done
     done
+    while ((${#run_of[@]})); do finish; done
     for script in extract.py retrieve.py scripts/expect.py scripts/report.py scripts/summary.py; do
         name=$(basename "$script" .py)
         stage "$name" "$out/$name.log" "$PYTHON" "$script" --input "$INPUT" --output "$out" "${DEVICE[@]}" ||

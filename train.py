@@ -66,7 +66,7 @@ from extract import embed, embed_shared, is_finished, run_folder
 from models import Model, class_weights, join_batch_norm, load_weights, loss_sum
 from search import topk
 
-MACHINE = {"input", "output", "workers", "device", "check", "restart", "eval_batch_size"}  # free to change on a resume
+MACHINE = {"input", "output", "workers", "device", "check", "restart", "eval_batch_size", "folds_only"}  # free on a resume
 HINT = ("the checkpoint of the last finished epoch is kept. Try a lower --lr, --clip norm:5 (NFNets: agc:0.01), or "
         "--precision fp32, with --restart")
 
@@ -121,6 +121,8 @@ def parse_args():
     add("--workers", type=int, default=default_workers(), help="loader processes (default min(8, cores - 1))")
     add("--check", action="store_true", help="decode every image before training, not only read its header")
     add("--restart", action="store_true", help="throw an earlier run in this folder away")
+    add("--folds-only", action="store_true", help="check the data, draw output/folds.csv as this run would, and stop: for "
+        "runs that then start side by side")
     args = parser.parse_args()
     if args.fold != "all" and not (args.fold.isdecimal() and int(args.fold) < args.n_folds):
         parser.error(f"--fold {args.fold}: give 0 .. {args.n_folds - 1}, or all")
@@ -392,6 +394,8 @@ def main():
         on_first(check_test, args.input, args.check)  # not needed here, but better known now than after ten runs
         fold = on_first(load_folds, args.output, train, args.n_folds, args.seed, args.fold_by,
                         lambda: looks(args, train, device))
+        if args.folds_only:
+            return
         folder = run_folder(args.output, args.arch, args.fold)
         with lock(folder):
             recorded = on_first(record_arguments, folder, args)

@@ -327,12 +327,14 @@ def run_all(*args, code=0):
     return done
 
 
-def test_run_all_two_runs_then_skips_them_and_names_a_failure(data, tmp_path):
-    output = tmp_path / "o"
-    flags = ["--input", data, "--output", output, *TINY, "--epochs", 2]
+def test_run_all_two_runs_side_by_side_then_skips_them_and_names_a_failure(data, output, tmp_path):
+    alone, output = output / "test_efficientnet" / "fold0", tmp_path / "o"
+    flags = ["--input", data, "--output", output, *TINY, "--epochs", 3, "--cards", "no such"]  # unknown to CUDA: the CPU's
     first = run_all("--archs", "test_efficientnet", "--folds", "0 1", *flags)
     assert "| test_efficientnet, 2 runs | test |" in first.stdout and "where the time went" in first.stdout
-    assert "epoch 2/2" in (output / "test_efficientnet" / "fold1" / "train.log").read_text()
+    assert "\ntest_efficientnet fold 1: epoch 3/3" in first.stdout
+    assert "\nepoch 3/3" in (output / "test_efficientnet" / "fold1" / "train.log").read_text()
+    assert (output / "test_efficientnet" / "fold0" / "best.pt").read_bytes() == (alone / "best.pt").read_bytes()
     submission = (output / "submission.csv").read_bytes()
     second = run_all("--archs", "nosuchnet test_efficientnet", "--folds", "0", *flags, code=1)
     assert "nosuchnet fold 0: see" in second.stderr and "Unknown model" in (output / "nosuchnet/fold0/train.log").read_text()
@@ -355,13 +357,17 @@ def test_run_all_says_what_is_missing_and_refuses_a_second_copy(data, tmp_path):
     assert "--archs" in run_all("--arch", "test_nfnet", code=2).stderr
     missing = run_all("--input", tmp_path / "nothing", "--output", tmp_path / "o", code=2)
     assert len(missing.stderr.splitlines()) == 3 and "--demo" in missing.stderr
-    flags = ["--archs", "test_nfnet", "--folds", "0", "--input", data, "--output", tmp_path / "o", *TINY, "--epochs", 500]
+    flags = ["--archs", "test_nfnet", "--folds", "0 1 2", "--input", data, "--output", tmp_path / "o", *TINY, "--epochs", 500,
+             "--cards", "no,such"]
     first = subprocess.Popen(["bash", "run_all.sh", *map(str, flags)], cwd=ROOT, stdout=subprocess.PIPE, text=True,
                              stderr=subprocess.STDOUT, start_new_session=True)
-    while "epoch 1/500" not in (line := first.stdout.readline()):
+    waiting = {"test_nfnet fold 0: epoch 1/500", "test_nfnet fold 1: epoch 1/500"}  # both before either has ended
+    while waiting:
+        line = first.stdout.readline()
         assert line or first.poll() is None
+        waiting -= {line.partition("  ")[0]}
     assert "--rounds two" in run_all("--rounds", "two", *flags, code=2).stderr
     assert "another run_all.sh is at work" in run_all(*flags, code=2).stderr
     os.kill(first.pid, signal.SIGTERM)
     rest = first.communicate(timeout=30)[0]
-    assert first.returncode == 130 and "interrupted" in rest
+    assert first.returncode == 130 and rest.count("interrupted") == 2 and not (tmp_path / "o/test_nfnet/fold2").exists()
