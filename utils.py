@@ -57,7 +57,7 @@ def script_parser(doc, folders=True, device=True):
 def run(main):
     """Call main() as a script: user errors are a sentence and code 2, Ctrl-C and SIGTERM a line and code 130. Under torchrun
     the first process prints; the first that fails says why, and the others, which then fail for want of it, end silently."""
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    signal.signal(signal.SIGTERM, interrupt)
     said, code = None, 0
     try:
         with contextlib.redirect_stdout(open(os.devnull, "w") if int(os.environ.get("RANK", 0)) else sys.stdout):
@@ -83,6 +83,12 @@ def run(main):
         os._exit(code)  # what Python does at its end could wait for the other processes
     if code:
         sys.exit(code)
+
+
+def interrupt(number, frame):
+    """SIGTERM ends a script as Ctrl-C does. Schedulers may send several: those that follow shall not disturb the ending."""
+    signal.signal(number, signal.SIG_IGN)
+    raise KeyboardInterrupt
 
 
 # ---------------------------------------------------------------------------------------------------------------- seeds
