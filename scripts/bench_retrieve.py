@@ -7,6 +7,7 @@ Prints seconds, the ratio to FAISS, GFLOP/s, peak memory beside the arrays (Linu
     pip install faiss-cpu
     python scripts/bench_retrieve.py --dim 5120
     python scripts/bench_retrieve.py --n 72000 --methods ours --votes propagation expansion --repeat 1    # the contest's size
+    python scripts/bench_retrieve.py --dim 512 --n 2048 --methods ours --engines flat hnsw ivfpq lancedb --repeat 1
     python scripts/bench_retrieve.py --gallery output/nfnet_l0/fold0/train.npy --queries output/nfnet_l0/fold0/test.npy
 """
 
@@ -21,8 +22,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from utils import load_npy, pick_device, run, script_parser
 
 import numpy as np
+import pandas as pd
 import torch
 import torch.nn.functional as F
+from export_index import ENGINES, export
 
 from retrieve import VOTES, check_vote_flags, label, vote_flags
 from search import QUERIES, SCREENS, TILE, Joined, pick_screen, topk
@@ -42,13 +45,15 @@ def parse_args():
     add("--methods", nargs="+", choices=METHODS, default=METHODS, help="default all")
     add("--votes", nargs="*", choices=VOTES[2:], default=[], metavar="VOTE",
         help=f"also time these votes once, search included, and their accuracy on the clusters: {' '.join(VOTES[2:])}")
+    add("--engines", nargs="*", choices=ENGINES, default=[], metavar="ENGINE", help="also build export_index.py's indices of "
+        f"the same rows and print its table of recall and speed: {' '.join(ENGINES)}")
     add("--repeat", type=int, default=3, help="rounds, each runs every method (default 3)")
     add("--seed", type=int, default=0, help="of the data (default 0)")
     vote_flags(parser)
     args = parser.parse_args()
     check_vote_flags(parser, args)
-    if args.votes and args.gallery:
-        parser.error("--votes needs the labels of clustered rows; leave --gallery out")
+    if (args.votes or args.engines) and args.gallery:
+        parser.error("--votes and --engines need the labels of clustered rows; leave --gallery out")
     if bool(args.gallery) != bool(args.queries):
         parser.error("--gallery and --queries go together")
     return args
@@ -195,6 +200,12 @@ def main():
                              Path(folder) / "scratch")[0][vote]
                 took = time.perf_counter() - start
             print(f"vote {vote:12} {took:7.1f} s  {peak.top:5.2f} GiB  right {(said == truth).mean():.4f}")
+        for engine in args.engines:
+            labels = np.load(Path(folder) / "gallery_labels.npy").astype(str)
+            table = pd.DataFrame({"path": np.arange(len(labels)).astype(str), "label": labels})
+            with tempfile.TemporaryDirectory() as index:
+                print("\n" + export(engine, Path(index), Joined([gallery]), table, Joined([queries]), None, args.k, 0.99,
+                                    device)[1])
 
 
 if __name__ == "__main__":
