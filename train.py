@@ -1,7 +1,7 @@
 """One run: one backbone, one fold. Killed and started again with the same command, it goes on from the last epoch.
 
 Reads  input/train.csv and its images, output/folds.csv (written by the first run)
-Writes output/<arch>/fold<k>/{args.json,log.csv,last.pt,best.pt}
+Writes output/<arch>/fold<k>/{args.json,log.csv,last.pt,best.pt}, with --tensorboard the log for TensorBoard, too
 
     python train.py --arch nfnet_l0 --fold 3
     python train.py --arch tf_efficientnet_lite0 --fold 0 --input input/demo --output output/demo --size 128 --epochs 6
@@ -9,6 +9,7 @@ Writes output/<arch>/fold<k>/{args.json,log.csv,last.pt,best.pt}
 """
 
 import argparse
+import io
 import math
 import os
 import time
@@ -66,7 +67,9 @@ from extract import embed, embed_shared, is_finished, run_folder
 from models import Model, class_weights, join_batch_norm, load_weights, loss_sum
 from search import topk
 
-MACHINE = {"input", "output", "workers", "device", "check", "restart", "eval_batch_size", "folds_only"}  # free on a resume
+# Free to change on a resume:
+MACHINE = {"input", "output", "workers", "device", "check", "restart", "eval_batch_size", "folds_only", "tensorboard"}
+EVENTS = "events.out.tfevents.log"  # TensorBoard knows its files by the middle of the name
 HINT = ("the checkpoint of the last finished epoch is kept. Try a lower --lr, --clip norm:5 (NFNets: agc:0.01), or "
         "--precision fp32, with --restart")
 
@@ -120,6 +123,8 @@ def parse_args():
     add("--seed", type=int, default=9999, help="of folds, weights, order and augmentation (default 9999)")
     add("--workers", type=int, default=default_workers(), help="loader processes (default min(8, cores - 1))")
     add("--check", action="store_true", help="decode every image before training, not only read its header")
+    add("--tensorboard", action="store_true", help="keep log.csv for TensorBoard, too (pip install tensorboard; "
+        "tensorboard --logdir output)")
     add("--restart", action="store_true", help="throw an earlier run in this folder away")
     add("--folds-only", action="store_true", help="check the data, draw output/folds.csv as this run would, and stop: for "
         "runs that then start side by side")
@@ -254,7 +259,7 @@ def validate(model, train_part, held_out, weights, args, device, precision):
 def record_arguments(folder, args):
     """Record the arguments of a new run; refuse other arguments than those recorded. Returns them."""
     if args.restart:
-        for old in ("last.pt", "best.pt", "log.csv", "extract.json", "args.json"):
+        for old in ("last.pt", "best.pt", "log.csv", "extract.json", "args.json", EVENTS):
             (folder / old).unlink(missing_ok=True)
     effective = {name: value for name, value in vars(args).items() if name not in MACHINE}
     begun = (folder / "last.pt").exists() or (folder / "best.pt").exists()  # before the first epoch nothing is at stake
@@ -278,9 +283,45 @@ def load_last(folder, rows):
     return state
 
 
-def write_log(folder, history):
+def write_log(folder, history, events):
+    """log.csv, and before it, since a log with the last epoch says that the run is finished, its events if wanted."""
+    if events:
+        write_events(folder / EVENTS, history)
     with atomic(folder / "log.csv") as temporary:
         pd.DataFrame(history).to_csv(temporary, index=False)
+
+
+def event_bytes(history):
+    """The history as a TensorBoard event file: a point an epoch of each number. Equal histories give equal bytes."""
+    try:
+        from tensorboard.compat.proto.event_pb2 import Event
+        from tensorboard.compat.proto.summary_pb2 import Summary
+        from tensorboard.summary.writer.record_writer import RecordWriter
+    except ImportError as error:
+        raise InputError(f"--tensorboard needs a package that is not there ({error}): pip install tensorboard") from None
+    file, seconds = io.BytesIO(), 0.0
+    writer = RecordWriter(file)
+    writer.write(Event(file_version="brain.Event:2").SerializeToString())
+    for row in history:
+        seconds += row["seconds"]
+        values = [Summary.Value(tag=name, simple_value=value) for name, value in row.items()
+                  if name != "epoch" and value is not None]
+        event = Event(wall_time=seconds, step=row["epoch"], summary=Summary(value=values))  # time: of the training itself
+        writer.write(event.SerializeToString())
+    return file.getvalue()
+
+
+def write_events(path, history):
+    """Bring an event file up to the history. What is there and right is appended to, so that a TensorBoard that reads along
+    goes on; a torn or foreign end is written anew. So no kill and no resume doubles a point or loses one."""
+    data = event_bytes(history)
+    known = path.read_bytes() if path.exists() else None
+    if known is None or not data.startswith(known):
+        with atomic(path) as temporary:
+            temporary.write_bytes(data)
+    else:
+        with open(path, "ab") as file:
+            file.write(data[len(known):])
 
 
 def report(row, history, epochs, device):
@@ -376,10 +417,10 @@ def fit(folder, args, recorded, train, fold, device):
                                              "optimiser": optimiser.state_dict(), "scaler": scaler.state_dict(),
                                              "epoch": epoch + 1 + args.head_first, "best": best, "history": history,
                                              "train": stamp})
-        write_log(folder, history)
+        write_log(folder, history, args.tensorboard)
         report(row, history, args.epochs, device)
     if rank == 0:
-        write_log(folder, history)  # once more: a kill may have come between last.pt and its log
+        write_log(folder, history, args.tensorboard)  # once more: a kill may have come between last.pt and its log
     held_out = f"best retrieval accuracy on the held-out fold {best:.4f}; " if len(outside) else ""
     print(f"{folder} finished: {held_out}{model.pool}")
 
@@ -388,6 +429,8 @@ def main():
     args = parse_args()
     device = pick_device(args.device)
     args.precision = pick_precision(args.precision, device)
+    if args.tensorboard:
+        event_bytes([])  # a missing package is better known now than after an epoch
     train = read_train(args.input)
     with processes(device):
         on_first(check_images, args.input, train["path"], args.check)

@@ -1,5 +1,6 @@
 """The real scripts on a few generated images: train, kill, resume, extract, retrieve; two runs through run_all.sh."""
 
+import importlib.util
 import json
 import os
 import shutil
@@ -15,6 +16,8 @@ import pandas as pd
 import pytest
 import torch
 from conftest import ROOT, TINY, make_data, script, train
+
+from train import EVENTS, event_bytes, write_events
 
 
 def weights(folder):
@@ -44,6 +47,7 @@ def test_killed_and_started_again_ends_bit_identical(data, tmp_path):
     """SIGKILL after the first epoch's checkpoint, twice over: same weights as the run that nobody disturbed. With all that has
     a state or draws random numbers."""
     flags = ["--head-first", "1", "--ema", "0.9", "--cutmix", "1", "--fold-by", "look"]
+    flags += ["--tensorboard"] * bool(importlib.util.find_spec("tensorboard"))
     train(data, tmp_path / "undisturbed", "test_efficientnet", 0, *flags)
     command = [sys.executable, "train.py", "--arch", "test_efficientnet", "--fold", "0", "--input", str(data), "--output",
                str(tmp_path), "--epochs", "3", *TINY, *flags]
@@ -60,6 +64,45 @@ def test_killed_and_started_again_ends_bit_identical(data, tmp_path):
     undisturbed = tmp_path / "undisturbed" / "test_efficientnet" / "fold0"
     assert same(weights(last.parent), weights(undisturbed))
     assert (last.parent / "best.pt").read_bytes() == (undisturbed / "best.pt").read_bytes()
+    if "--tensorboard" in flags:
+        for folder in (last.parent, undisturbed):
+            assert_events_equal_the_log(folder)
+
+
+def assert_events_equal_the_log(folder):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(folder)).Reload()
+    log = pd.read_csv(folder / "log.csv").set_index("epoch")
+    assert set(events.Tags()["scalars"]) == set(log.columns)
+    for name, column in log.items():
+        column, points = column.dropna(), events.Scalars(name)
+        assert [p.step for p in points] == column.index.tolist(), (name, "a point an epoch, none twice")
+        assert np.allclose([p.value for p in points], column, rtol=1e-6)
+
+
+def test_events_go_on_where_they_are_right_and_are_mended_where_not(tmp_path):
+    pytest.importorskip("tensorboard")
+    path = tmp_path / EVENTS
+    history = [{"epoch": e, "train_loss": 1 / (e + 2), "retrieval_acc": None if e == 1 else 0.5, "seconds": 2.0}
+               for e in range(-1, 4)]
+    whole = event_bytes(history)
+    write_events(path, history[:2])
+    inode = path.stat().st_ino
+    write_events(path, history)
+    assert path.read_bytes() == whole and path.stat().st_ino == inode, "a reader keeps its place"
+    for torn in (whole[:-5], whole[:100], b"", whole + b"torn", b"foreign"):
+        path.write_bytes(torn)
+        write_events(path, history)
+        assert path.read_bytes() == whole
+    pd.DataFrame(history).to_csv(tmp_path / "log.csv", index=False)
+    assert_events_equal_the_log(tmp_path)
+
+
+def test_tensorboard_that_is_not_there_is_named_before_training(data, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "tensorboard.compat.proto.event_pb2", None)
+    assert "pip install tensorboard" in train(data, tmp_path, "test_nfnet", 0, "--tensorboard", code=2).stderr
+    assert not (tmp_path / "test_nfnet").exists()
 
 
 def test_ctrl_c_and_sigterm_say_one_line(data, tmp_path):
