@@ -173,6 +173,15 @@ def load_model(folder, device):
     return model
 
 
+def embed_files(folder, base, files, device, batch_size=64):
+    """Embeddings [n, 512] of image files below `base` as the extracted run in `folder` embedded its gallery."""
+    model, stamp = load_model(folder, device), load_json(folder / "extract.json")
+    images = Images(base, files, np.zeros(len(files), np.int64), stamp["sizes"][0], stamp["resize"])
+    workers = default_workers() if len(files) > batch_size else 0  # to start a process takes longer than a photograph
+    return embed(model, images, device, pick_precision(stamp["precision"], device), batch_size, workers,
+                 f"{folder.parent.name}/{folder.name}", stamp["sizes"])
+
+
 @torch.inference_mode()
 def adapt_bn(model, images, device, precision="fp32", batch_size=64, workers=0):
     """Replace the statistics of the model's batch norms by those of `images`, their mean over one pass."""

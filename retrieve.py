@@ -1,6 +1,7 @@
 """Load runs, search, vote, write: the labels of the test images.
 
-Reads  input/{train.csv,sample_submission.csv[,solution.csv]}, output/folds.csv, the .npy of finished runs
+Reads  input/{train.csv,sample_submission.csv[,solution.csv]}, output/folds.csv, the .npy of finished runs;
+       output/added.npz (by scripts/add_products.py)
 Writes output/{neighbours.npz,submission.csv,scores.json,oof.csv}
 
     python retrieve.py                                              # all finished runs, label of the nearest image
@@ -35,6 +36,7 @@ import torch
 import torch.distributed as dist
 
 import votes
+from catalogue import grow
 from dataset import encode, folds_by, load_folds, read_solution, read_test, read_train, test_fingerprint, train_fingerprint
 from extract import finished_runs
 from search import SCREENS, Joined, Store, merge, topk
@@ -225,12 +227,14 @@ def score(said, truth):
     return {vote: round(accuracy(s[known], truth[known]), 4) for vote, s in said.items()} if known.any() else None
 
 
-def retrieve(args, device, train, test, classes, labels):
+def retrieve(args, device, train, test):
     """Search, vote, write; returns the scores. Under torchrun only the first process writes."""
     first = not dist.is_initialized() or dist.get_rank() == 0
     runs = load_runs(args.output, args.runs, train, test)
+    grown, gallery = grow(runs, args.output, train)
+    (trained, labels), (classes, numbers) = encode(train["label"]), encode(gallery["label"])
     vote, by = "nearest" if args.vote == "auto" else args.vote, folds_by(args.output)
-    if not fitting(runs, [vote]):
+    if not fitting(grown, [vote]):
         raise InputError(f"--vote {vote} needs runs whose head fits these classes; use --vote sum")
     scores = {"runs": {r["name"]: r["stamp"]["checkpoint"] for r in runs}, "vote": vote, "k": args.k, "power": args.power,
               "head_power": args.head_power, "test": None, "oof": None}
@@ -240,24 +244,24 @@ def retrieve(args, device, train, test, classes, labels):
     if args.oof and by and any(str(r["fold"]).isdecimal() for r in runs):
         choose = args.vote == "auto" and by != "random"
         wanted, fold = fitting(runs, VOTES if choose else [*DEFAULT_VOTES, vote]), load_folds(args.output, train)
-        said = label_oof(runs, fold, labels, len(classes), args, wanted, device)
+        said = label_oof(runs, fold, labels, len(trained), args, wanted, device)
         scores["oof"] = score(said, labels)
         if choose and scores["oof"]:
-            vote = scores["vote"] = max(["nearest", *wanted], key=scores["oof"].get)  # of equal ones the first
+            vote = scores["vote"] = max(["nearest", *fitting(grown, wanted)], key=scores["oof"].get)  # of equal ones the first
         if first:
             with atomic(Path(args.output) / "oof.csv") as temporary:
-                names = np.array([*classes, ""], object)  # the last, -1: no run held the image out
+                names = np.array([*trained, ""], object)  # the last, -1: no run held the image out
                 train[["path", "label"]].assign(fold=fold, prediction=names[said[vote]]).to_csv(temporary, index=False)
-    wanted = list(dict.fromkeys([*fitting(runs, DEFAULT_VOTES), vote]))
+    wanted = list(dict.fromkeys([*fitting(grown, DEFAULT_VOTES), vote]))
     if test is not None:
         begun = Path(args.output) / "search"
-        key = fingerprint([(args.k, *(json.dumps(r["stamp"]) for r in runs))])
+        key = fingerprint([(args.k, *(json.dumps(r["stamp"]) for r in grown))])
         store = Store(begun, key) if first else None
-        said, similarity, index = label_test(runs, labels, len(classes), args, wanted, device, store)
+        said, similarity, index = label_test(grown, numbers, len(classes), args, wanted, device, store)
         if not first:
             return scores
         with atomic(Path(args.output) / "neighbours.npz") as temporary, open(temporary, "wb") as file:
-            np.savez(file, similarity=similarity, index=index)
+            np.savez(file, similarity=similarity, index=gallery.index.to_numpy()[index])
         with atomic(Path(args.output) / "submission.csv") as temporary:
             test.assign(prediction=np.array(classes, object)[said[vote]]).to_csv(temporary, index=False)
         truth = read_solution(args.input, test["filename"])
@@ -274,10 +278,9 @@ def main():
     args = parse_args()
     train = read_train(args.input)
     test = read_test(args.input) if (Path(args.input) / "sample_submission.csv").exists() else None
-    classes, labels = encode(train["label"])
     device = pick_device(args.device)
     with processes(device) as first, lock(args.output):
-        scores = retrieve(args, device, train, test, classes, labels)
+        scores = retrieve(args, device, train, test)
     if first:
         print(json.dumps(scores, ensure_ascii=False))
 

@@ -89,7 +89,7 @@ def main():
                             stamp["sizes"][0], stamp["resize"], SHIFTS[shift], args.seed)
             embedded = embed(model, images, device, stamp["precision"], workers=default_workers(), sizes=stamp["sizes"])
             shifted.append(r | {"test": embedded})
-        _, number, _, figures = expect(shifted, fold, part, labels, len(classes), args, device)
+        _, number, _, figures = expect(shifted, fold, part, labels, shifted, labels, args, device)
         right = np.array(classes, object)[number] == truth[picked]
         del figures["calibration"], figures["runs"]
         rows.append({"shift": shift, "true": round(float(right.mean()), 4), **figures})

@@ -1,7 +1,8 @@
 """Label photographs by the finished runs: label, confidence, nearest training images.
 
 Reads  PHOTO ... (files, or folders with all images below them); input/train.csv, best.pt and train.npy of the runs,
-       output/expected.json (by scripts/expect.py: without it there is no confidence)
+       output/expected.json (by scripts/expect.py: without it there is no confidence);
+       output/added.npz (by scripts/add_products.py)
 Writes a table, --csv or --json to stdout
 
     python scripts/classify.py photo.jpg
@@ -31,6 +32,7 @@ import torch
 from expect import NEIGHBOURS, class_best, probability
 from torch.utils.data import Dataset
 
+from catalogue import grow
 from dataset import SUFFIXES, check_images, default_workers, encode, make_loader, read_image, read_train, resize
 from extract import embed_pass, load_model
 from models import Model
@@ -88,8 +90,8 @@ def load(args, device):
     """What labels photographs, loaded once: (runs, gallery). The runs of load_runs, each with its model, its views and the
     inverse norms of its gallery; gallery: DataFrame path, label of their rows."""
     keep_freed_memory()
-    gallery = read_train(args.input)
-    runs = load_runs(args.output, args.runs, gallery, None)
+    train = read_train(args.input)
+    runs, gallery = grow(load_runs(args.output, args.runs, train, None), args.output, train)
     for r in runs:
         r["model"] = load_model(Path(args.output) / r["name"], device).eval()
         r["views"] = [(size, r["stamp"]["resize"]) for size in r["stamp"]["sizes"]]

@@ -16,6 +16,7 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from utils import InputError, atomic, run, script_parser
 
+from catalogue import grow
 from dataset import read_csv, read_image, read_solution, read_train, resize
 
 GREEN, RED, GREY, INK = (46, 160, 67), (207, 60, 50), (140, 140, 140), (40, 40, 40)
@@ -54,7 +55,8 @@ def main():
     for name in ("neighbours.npz", "submission.csv"):
         if not (output / name).exists():
             raise InputError(f"{output / name} is not there; run retrieve.py first")
-    train, submission = read_train(source), read_csv(output / "submission.csv", ["filename", "prediction"])
+    gallery = grow([], output, read_train(source))[1]
+    submission = read_csv(output / "submission.csv", ["filename", "prediction"])
     with np.load(output / "neighbours.npz") as file:
         similarity, index = file["similarity"], file["index"]
     truth = read_solution(source, submission["filename"])
@@ -63,7 +65,8 @@ def main():
         label = submission["prediction"][i] if truth is None else truth[i]
         frame = GREY if truth is None else GREEN if submission["prediction"][i] == label else RED
         tiles = [tile(source / "test" / submission["filename"][i], args.tile, frame)]
-        tiles += [tile(source / train["path"][j], args.tile, GREEN if train["label"][j] == label else RED) for j in index[i]]
+        near = [(source / gallery["path"][j], gallery["label"][j]) for j in index[i]]
+        tiles += [tile(path, args.tile, GREEN if of == label else RED) for path, of in near]
         gap = np.full((args.tile, 24, 3), 255, np.uint8)
         rows.append(np.hstack([tiles[0], gap, *tiles[1:]]))
         rows.append(caption(rows[0].shape[1], [f"{'':22}", *(f"   similarity {s:.2f}" for s in similarity[i])], args.tile))

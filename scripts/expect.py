@@ -29,6 +29,7 @@ from sklearn.isotonic import IsotonicRegression
 from sklearn.linear_model import LogisticRegression
 from sklearn.model_selection import StratifiedKFold, cross_val_score
 
+from catalogue import grow
 from dataset import encode, folds_by, load_folds, make_look_folds, read_csv, read_solution, read_test, read_train
 from retrieve import load_runs
 from search import Joined, topk
@@ -200,16 +201,17 @@ def shift(run_, fold, seed, device):
 # ------------------------------------------------------------------------------------------------------------- the work
 
 
-def expect(runs, fold, part, labels, classes, args, device, said=None, held=None):
+def expect(runs, fold, part, labels, grown, numbers, args, device, said=None, held=None):
     """(confidence [n], class number [n], nearest similarity [n], figures for expected.json) of the labels `said` [n] (default:
-    of the nearest images); `held` [N]: what the same vote says of the training images out-of-fold."""
-    rows, random, look = out_of_fold(runs, fold, part, labels, classes, args, device)
+    of the nearest images); `held` [N]: what the same vote says of the training images out-of-fold. labels: class numbers of
+    the rows of train.csv, which the estimate learns from; grown, numbers: the runs and class numbers of the gallery."""
+    rows, random, look = out_of_fold(runs, fold, part, labels, labels.max() + 1, args, device)
     truth = labels[rows]
-    similarity, index = topk(Joined([r["test"] for r in runs]), Joined([r["train"] for r in runs]), NEIGHBOURS, device=device)
-    best = class_best(similarity, labels[index], classes)
+    similarity, index = topk(*(Joined([r[split] for r in grown]) for split in ("test", "train")), NEIGHBOURS, device=device)
+    best = class_best(similarity, numbers[index], numbers.max() + 1)
     calibration = calibrate(look, truth)
     own = calibration if held is None else calibrate(look, truth, held[rows])
-    confidence, evidence, agreed = confide(best, own, runs, labels, device, said)
+    confidence, evidence, agreed = confide(best, own, grown, numbers, device, said)
     apart = 0.0 if agreed is None else abs(evidence.mean() - agreed.mean()) / 4
     expected = float(confidence.mean())
     half = (LEAST_ERROR**2 + apart**2 + 1.64**2 * expected * (1 - expected) / len(confidence)) ** 0.5
@@ -227,9 +229,10 @@ def expect(runs, fold, part, labels, classes, args, device, said=None, held=None
     return confidence, best.argmax(1) if said is None else said, similarity[:, 0], figures
 
 
-def submitted(args, test, train, classes, runs):
-    """(vote, its class numbers of the test images [n], its class numbers out-of-fold [N] or None) of the submission."""
-    output, number = Path(args.output), {label: i for i, label in enumerate(classes)}
+def submitted(args, test, trained, classes, runs):
+    """(vote, its class numbers of the test images [n], its class numbers out-of-fold [N] or None) of the submission. Test
+    images have the `classes` of the gallery, training images those of train.csv, `trained`."""
+    output, number, before = Path(args.output), *({label: i for i, label in enumerate(c)} for c in (classes, trained))
     for name in ("scores.json", "submission.csv"):
         if not (output / name).exists():
             raise InputError(f"{output / name} is not there; run retrieve.py first")
@@ -239,7 +242,7 @@ def submitted(args, test, train, classes, runs):
     if scores["vote"] == "nearest" or folds_by(output) == "random" or not (output / "oof.csv").exists():
         held = None  # random folds flatter any vote; then the nearest image's odds against other looks have to do
     else:
-        held = read_csv(output / "oof.csv", ["path"])["prediction"].map(number).fillna(-1).to_numpy(np.int64)
+        held = read_csv(output / "oof.csv", ["path"])["prediction"].map(before).fillna(-1).to_numpy(np.int64)
     return scores["vote"], table["prediction"].map(number).to_numpy(np.int64), held
 
 
@@ -252,17 +255,18 @@ def main():
         print("no test images, nothing to expect")
         return
     train, test = read_train(args.input), read_test(args.input)
-    classes, labels = encode(train["label"])
     scores = Path(args.output) / "scores.json"
     names = args.runs or (list(load_json(scores)["runs"]) if scores.exists() else None)
     runs = load_runs(args.output, names, train, test)
-    vote, said, held = ("nearest", None, None) if args.runs else submitted(args, test, train, classes, runs)
+    grown, gallery = grow(runs, args.output, train)
+    (trained, labels), (classes, numbers) = encode(train["label"]), encode(gallery["label"])
+    vote, said, held = ("nearest", None, None) if args.runs else submitted(args, test, trained, classes, runs)
     if not any(str(r["fold"]).isdecimal() for r in runs):
         print("no run held images out, so nothing is known of the accuracy to expect; train runs of folds, not of 'all'")
         return
     fold = load_folds(args.output, train)
     part = known_looks(args.output, train, fold)
-    confidence, number, similarity, figures = expect(runs, fold, part, labels, len(classes), args, device, said, held)
+    confidence, number, similarity, figures = expect(runs, fold, part, labels, grown, numbers, args, device, said, held)
 
     table = test[["filename"]].assign(prediction=np.array(classes, object)[number], confidence=confidence.round(4),
                                       similarity=similarity.round(4))

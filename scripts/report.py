@@ -22,6 +22,7 @@ import numpy as np
 import pandas as pd
 from sklearn.decomposition import PCA
 
+from catalogue import grow
 from dataset import load_folds, read_csv, read_image, read_solution, read_train, resize
 from retrieve import load_runs
 from search import Joined, topk
@@ -63,21 +64,22 @@ def choose(table, most, seed):
     return list(chosen)[:most]
 
 
-def confused(table, index, train, source, most=12):
+def confused(table, index, gallery, source, most=12):
     """The pairs of labels that are mixed up most: by the truth where it is known, else label and next label among the
     neighbours. A list of {says, pictures}."""
     known = table["truth"].notna().any()
     if known:
         other = table["truth"].to_numpy()
     else:
-        near = train["label"].to_numpy()[index]
+        near = gallery["label"].loc[index.ravel()].to_numpy().reshape(index.shape)
         other = np.array([next((n for n in row if n != said), None)
                           for row, said in zip(near, table["prediction"], strict=True)], object)
     pairs = pd.DataFrame({"said": table["prediction"], "other": other, "row": np.arange(len(table))}).dropna()
     pairs, result = pairs[pairs["said"] != pairs["other"]], []
     for (said, true), rows in sorted(pairs.groupby(["said", "other"])["row"], key=lambda pair: -len(pair[1]))[:most]:
         files = {source / "test" / table["filename"][i]: "test image" for i in rows[:3]}
-        files |= {source / train["path"][i]: label for label in (said, true) for i in train.index[train["label"] == label][:1]}
+        files |= {source / gallery["path"][i]: label for label in (said, true)
+                  for i in gallery.index[gallery["label"] == label][:1]}
         says = f"{true} taken for {said}: {len(rows)}" if known else f"{said}, next {true}: {len(rows)}"
         result.append({"says": says, "pictures": [(thumbnail(f), text) for f, text in files.items()]})
     return result
@@ -147,6 +149,7 @@ def main():
             raise InputError(f"{output / name} is not there; run retrieve.py first")
     train, table = read_train(source), read_csv(output / "submission.csv", ["filename", "prediction"])
     runs = load_runs(output, list(load_json(output / "scores.json")["runs"]), train, table)
+    gallery = grow([], output, train)[1]
     expected = load_json(output / "expected.json") if (output / "expected.json").exists() else None
     with np.load(output / "neighbours.npz") as file:
         similarity, index = file["similarity"][:, :NEAR], file["index"][:, :NEAR]
@@ -158,13 +161,13 @@ def main():
             agree = sure["prediction"] == table["prediction"]
             table["confidence"] = pd.to_numeric(sure["confidence"]).where(agree)
     chosen = choose(table, args.most, args.seed)
-    shown = np.unique(index[chosen])
+    shown = np.unique(index[chosen])  # the neighbours are named by the index of `gallery`
     place = {row: i for i, row in enumerate(shown)}
     photos = thumbnails([source / "test" / table["filename"][i] for i in chosen], "photographs")
-    gallery = thumbnails([source / train["path"][j] for j in shown], "gallery")
+    pictures = thumbnails([source / gallery["path"][j] for j in shown], "gallery")
     histogram, dots = shift(runs, load_folds(output, train) if (output / "folds.csv").exists() else None, device, args.seed)
     page = {
-        "title": f"{len(table)} photographs, {train['label'].nunique()} labels, {len(train)} training images",
+        "title": f"{len(table)} photographs, {gallery['label'].nunique()} labels, {len(gallery)} gallery images",
         "tiles": tiles(output, load_json(output / "scores.json"), expected, runs),
         "chosen": f"{len(chosen)} of {len(table)} photographs: the least confident, the least like any training image, wrong "
                   "ones where the answers are known, and some at random.",
@@ -173,9 +176,9 @@ def main():
                      "similarity": float(similarity[i, 0]),
                      "near": [[place[j], float(s)] for j, s in zip(index[i], similarity[i], strict=True)]}
                     for i, photo in zip(chosen, photos, strict=True)],
-        "gallery": [{"path": train["path"][j], "label": train["label"][j], "thumb": photo}
-                    for j, photo in zip(shown, gallery, strict=True)],
-        "confused": confused(table, index, train, source),
+        "gallery": [{"path": gallery["path"][j], "label": gallery["label"][j], "thumb": photo}
+                    for j, photo in zip(shown, pictures, strict=True)],
+        "confused": confused(table, index, gallery, source),
         "confused_says": "Test images with another true label, most frequent first." if truth is not None else
                          "The label given and the next one among the neighbours; the true labels are not known.",
         "runs": curves(output, runs), "histogram": histogram, "map": dots}

@@ -18,6 +18,7 @@ import pandas as pd
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from utils import duration, pick_device, run, save_text, script_parser
 
+from catalogue import grow
 from dataset import encode, load_folds, read_solution, read_test, read_train
 from retrieve import (
     DEFAULT_VOTES,
@@ -70,10 +71,11 @@ def main():
     train = read_train(args.input)
     test = read_test(args.input) if (Path(args.input) / "sample_submission.csv").exists() else None
     truth = None if test is None else read_solution(args.input, test["filename"])
-    classes, labels = encode(train["label"])
-    number = {label: i for i, label in enumerate(classes)}
     runs = load_runs(args.output, None, train, test)
-    votes = fitting(runs, args.votes)
+    grown, gallery = grow(runs, args.output, train)
+    (trained, labels), (classes, numbers) = encode(train["label"]), encode(gallery["label"])
+    number = {label: i for i, label in enumerate(classes)}
+    votes = fitting(grown, args.votes)
     fold = load_folds(args.output, train) if (Path(args.output) / "folds.csv").exists() else None
 
     lines = []
@@ -81,9 +83,9 @@ def main():
     for title, members in rows.items():
         results = []
         if fold is not None:
-            results.append(("out-of-fold", score(label_oof(members, fold, labels, len(classes), args, votes, device), labels)))
+            results.append(("out-of-fold", score(label_oof(members, fold, labels, len(trained), args, votes, device), labels)))
         if truth is not None:
-            said = label_test(members, labels, len(classes), args, votes, device)[0]
+            said = label_test(grow(members, args.output, train)[0], numbers, len(classes), args, votes, device)[0]
             results.append(("test", score(said, np.array([number.get(label, -2) for label in truth]))))
         lines += [[title, split, *(f"{result[vote]:.4f}" for vote in votes)] for split, result in results if result]
     shutil.rmtree(scratch(args), ignore_errors=True)
