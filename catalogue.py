@@ -1,20 +1,29 @@
-"""What is in the catalogue: the gallery as scripts/add_products.py left it."""
+"""What is in the catalogue and what is not: the gallery as scripts/add_products.py left it, and what photographs of products
+that it lacks look like.
+"""
 
 import json
 import tempfile
 import zipfile
 from pathlib import Path
 
-from utils import InputError, file_fingerprint
+from utils import InputError, atomic, file_fingerprint, fingerprint
 
 import numpy as np
 import pandas as pd
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
 
 from dataset import encode
 from models import EMBEDDING
+from search import Joined, topk
 from votes import blocks
 
 ADDED = "added.npz"  # below output
+NEIGHBOURS = 100  # looked at for the evidence: enough that several classes are among them
+
+# ---------------------------------------------------------------------------------------------------------- what is in it
 
 
 def load_added(output):
@@ -72,3 +81,86 @@ def stacked(array, rows, more, folder):
         result[part] = array[rows[part]]
     result[len(rows):] = more
     return result
+
+
+# ---------------------------------------------------------------------------------------------------------- what is not
+
+
+def class_best(similarity, label, classes):
+    """Best similarity of each class among the NEIGHBOURS nearest of the pairs [n, K] -> float32 [n, C]; a class without one
+    there gets the least. Pairs at -inf do not count."""
+    order = np.argsort(-similarity, 1, kind="stable")[:, :NEIGHBOURS]
+    near, which = np.take_along_axis(similarity, order, 1), np.take_along_axis(label, order, 1)
+    least = np.where(np.isfinite(near), near, np.inf).min(1, keepdims=True)
+    best = torch.from_numpy(least).repeat(1, classes)
+    return best.scatter_reduce(1, torch.from_numpy(which), torch.from_numpy(near), "amax").numpy()
+
+
+def held_out(arrays, rows, labels, looks, classes, device):
+    """Best class similarities of the held-out `rows` by runs that did not train on them, arrays [N, D]: against all other
+    images, and against all but those of the image's own look: two float32 [n, C]."""
+    alike = int(np.bincount(looks).max())
+    similarity, index = topk(Joined(arrays, rows), Joined(arrays), NEIGHBOURS + alike, rows, device)
+    other = np.where(looks[index] == looks[rows, None], np.float32(-np.inf), similarity)
+    return tuple(class_best(part, labels[index], classes) for part in (similarity, other))
+
+
+def fit_sharpness(best, truth):
+    """The factor b for which softmax(b * best) [n, C] gives the true classes [n] the highest likelihood."""
+    log = torch.tensor(3.0, dtype=torch.float64, requires_grad=True)
+    best, truth = torch.from_numpy(best).double(), torch.from_numpy(truth)
+    optimiser = torch.optim.LBFGS([log], max_iter=50, line_search_fn="strong_wolfe")
+
+    def loss():
+        optimiser.zero_grad()
+        value = F.cross_entropy(best * log.exp(), truth)
+        value.backward()
+        return value
+
+    optimiser.step(loss)
+    return log.exp().item()
+
+
+def log_odds(best, sharpness, said=None):
+    """Log odds of the class `said` [n] (default: the best) against all others if they compete by
+    softmax(sharpness * similarity), [n, C] -> [n]."""
+    score = torch.from_numpy(best * np.float32(sharpness))
+    at = score.argmax(1, keepdim=True) if said is None else torch.from_numpy(said)[:, None]
+    return (score.gather(1, at)[:, 0] - score.scatter(1, at, -torch.inf).logsumexp(1)).numpy()
+
+
+def strangers(runs, fold, labels, output, device):
+    """What photographs of products that are not in the gallery look like to each fold's runs: (sharpness of the evidence,
+    {fold: log odds, ascending}), the evidence of the images of train.csv that these runs held out, each with its product taken
+    out of the gallery. Kept in output/strangers.npz, since scripts/classify.py is to be fast."""
+    file, key = Path(output) / "strangers.npz", fingerprint([[json.dumps(r["stamp"]) for r in runs]])
+    if file.exists():
+        with np.load(file, allow_pickle=False) as arrays:
+            if arrays["key"] == key:
+                return float(arrays["sharpness"]), {k: arrays[k] for k in arrays["folds"]}
+    held, best = [], {}
+    for k in range(fold.max() + 1):
+        arrays, rows = [r["train"] for r in runs if r["fold"] == str(k)], np.flatnonzero(fold == k)
+        if arrays and len(rows):
+            known, best[str(k)] = held_out(arrays, rows, labels, labels, labels.max() + 1, device)
+            held.append((known, labels[rows]))
+    sharpness = fit_sharpness(*(np.concatenate(parts) for parts in zip(*held, strict=True)))
+    found = {k: np.sort(log_odds(strange, sharpness)) for k, strange in best.items()}
+    if not dist.is_initialized() or dist.get_rank() == 0:
+        with atomic(file) as temporary, open(temporary, "wb") as opened:
+            np.savez(opened, key=key, sharpness=sharpness, folds=list(found), **found)
+    return sharpness, found
+
+
+def strangeness(runs, numbers, sharpness, found, device):
+    """How likely a photograph of a product that is not in the gallery looks as much like one of the products as a test image
+    does, [n]: a p-value, the share of the strangers found whose evidence is as high, each fold's compared by its own runs.
+    numbers [m]: class numbers of the gallery. Source: Vovk, Cross-conformal predictors, Annals of Mathematics and Artificial
+    Intelligence 2015."""
+    count = np.ones(len(runs[0]["test"]))
+    for k, evidence in found.items():
+        out = [r for r in runs if r["fold"] == k]
+        similarity, index = topk(*(Joined([r[split] for r in out]) for split in ("test", "train")), NEIGHBOURS, device=device)
+        best = class_best(similarity, numbers[index], numbers.max() + 1)
+        count += len(evidence) - np.searchsorted(evidence, log_odds(best, sharpness))
+    return count / (1 + sum(map(len, found.values())))

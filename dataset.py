@@ -101,10 +101,11 @@ def read_pseudo(path, least, classes):
     inside(table, "filename", path)
     confidence = pd.to_numeric(table["confidence"], errors="coerce")
     number = table["prediction"].map({label: i for i, label in enumerate(classes)})
-    if (confidence.isna() | number.isna()).any():
-        row = int((confidence.isna() | number.isna()).to_numpy().argmax())
+    bad = confidence.isna() | (number.isna() & (confidence >= least))
+    if bad.any():
+        row = int(bad.to_numpy().argmax())
         raise InputError(f"{path}, row {row + 2}: no number as confidence, or a label that train.csv lacks; write it anew")
-    return table.assign(number=number.astype(np.int64))[confidence >= least]
+    return table.assign(number=number)[confidence >= least].astype({"number": np.int64})
 
 
 def train_fingerprint(table):

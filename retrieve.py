@@ -2,10 +2,11 @@
 
 Reads  input/{train.csv,sample_submission.csv[,solution.csv]}, output/folds.csv, the .npy of finished runs;
        output/added.npz (by scripts/add_products.py)
-Writes output/{neighbours.npz,submission.csv,scores.json,oof.csv}
+Writes output/{neighbours.npz,submission.csv,scores.json,oof.csv}; to reject, output/strangers.npz
 
     python retrieve.py                                              # all finished runs, label of the nearest image
     python retrieve.py --runs nfnet_l0/fold0 nfnet_l0/fold1 --vote sum --k 10
+    python retrieve.py --reject 0.05                                # 'unknown' where it may be none of the products
     torchrun --nproc_per_node 4 retrieve.py                         # the gallery shared among processes, one GPU each
 """
 
@@ -36,11 +37,12 @@ import torch
 import torch.distributed as dist
 
 import votes
-from catalogue import grow
+from catalogue import grow, strangeness, strangers
 from dataset import encode, folds_by, load_folds, read_solution, read_test, read_train, test_fingerprint, train_fingerprint
 from extract import finished_runs
 from search import SCREENS, Joined, Store, merge, topk
 
+UNKNOWN = "unknown"  # the label of a photograph that --reject takes for none of the products
 EXPLAINED = votes.INDUCTIVE | votes.TRANSDUCTIVE
 VOTES = ["head", *EXPLAINED]
 DEFAULT_VOTES = ["head", "nearest", "sum", "fusion"]  # always scored, for comparison
@@ -56,10 +58,23 @@ def parse_args():
         + ". The last three use that all test images are there at once; a label then depends on which others came with it")
     add("--oof", action=argparse.BooleanOptionalAction, default=True,
         help="also score each training image by the runs that did not train on it (default on)")
+    reject_flag(parser)
     vote_flags(parser)
     args = parser.parse_args()
     check_vote_flags(parser, args)
+    check_reject_flag(parser, args)
     return args
+
+
+def reject_flag(parser):
+    parser.add_argument("--reject", type=float, metavar="RATE", help=f"label {UNKNOWN!r} what may be none of the products: of "
+        "photographs of products that are not in the gallery this share still gets a label, 0..1, e.g. 0.05 (default: every "
+        "photograph gets one)")
+
+
+def check_reject_flag(parser, args):
+    if args.reject is not None and not 0 < args.reject < 1:
+        parser.error("--reject must be more than 0 and less than 1")
 
 
 def vote_flags(parser):
@@ -211,6 +226,16 @@ def label_oof(runs, fold, labels, classes, args, wanted, device):
     return result
 
 
+def reject(runs, grown, train, classes, numbers, args, device):
+    """Which of the test images --reject takes for none of the products, bool [n]. grown, numbers: see catalogue.grow."""
+    if UNKNOWN in classes:
+        raise InputError(f"--reject: {UNKNOWN!r} is a label of the gallery; rename it")
+    if not any(str(r["fold"]).isdecimal() for r in runs):
+        raise InputError("--reject needs runs that held images out; train runs of folds, not of 'all'")
+    found = strangers(runs, load_folds(args.output, train), encode(train["label"])[1], args.output, device)
+    return strangeness(grown, numbers, *found, device) > args.reject
+
+
 def scratch(args):
     """Folder of this process for what a search leaves while it runs."""
     return Path(args.output) / "search" / (f"process{dist.get_rank()}" if dist.is_initialized() else "process0")
@@ -258,16 +283,25 @@ def retrieve(args, device, train, test):
         key = fingerprint([(args.k, *(json.dumps(r["stamp"]) for r in grown))])
         store = Store(begun, key) if first else None
         said, similarity, index = label_test(grown, numbers, len(classes), args, wanted, device, store)
+        strange = reject(runs, grown, train, classes, numbers, args, device) if args.reject else np.zeros(len(test), bool)
         if not first:
             return scores
         with atomic(Path(args.output) / "neighbours.npz") as temporary, open(temporary, "wb") as file:
             np.savez(file, similarity=similarity, index=gallery.index.to_numpy()[index])
         with atomic(Path(args.output) / "submission.csv") as temporary:
-            test.assign(prediction=np.array(classes, object)[said[vote]]).to_csv(temporary, index=False)
+            prediction = np.where(strange, UNKNOWN, np.array(classes, object)[said[vote]])
+            test.assign(prediction=prediction).to_csv(temporary, index=False)
         truth = read_solution(args.input, test["filename"])
         if truth is not None:
             number = {label: i for i, label in enumerate(classes)}
-            scores["test"] = score(said, np.array([number.get(label, -2) for label in truth]))
+            true = np.array([number.get(label, -2) for label in truth])
+            scores["test"] = score(said, true)
+        if args.reject:
+            scores["reject"] = {"rate": args.reject, "kept": round(1 - strange.mean(), 4)}
+            if truth is not None:
+                right = said[vote] == true
+                scores["reject"] |= {"accuracy_kept": None if strange.all() else round(right[~strange].mean(), 4),
+                                     "false_accepts": None if (true >= 0).all() else round(1 - strange[true < 0].mean(), 4)}
     if first:
         save_json(Path(args.output) / "scores.json", scores)
         shutil.rmtree(Path(args.output) / "search", ignore_errors=True)

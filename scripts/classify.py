@@ -2,10 +2,11 @@
 
 Reads  PHOTO ... (files, or folders with all images below them); input/train.csv, best.pt and train.npy of the runs,
        output/expected.json (by scripts/expect.py: without it there is no confidence);
-       output/added.npz (by scripts/add_products.py)
+       output/added.npz (by scripts/add_products.py); to reject, output/folds.csv
 Writes a table, --csv or --json to stdout
 
     python scripts/classify.py photo.jpg
+    python scripts/classify.py photo.jpg --reject 0.05          # 'unknown' where it may be none of the products
     python scripts/classify.py shelf/ --input input/demo --output output/demo --csv > labels.csv
 """
 
@@ -29,14 +30,14 @@ from utils import (
 
 import numpy as np
 import torch
-from expect import NEIGHBOURS, class_best, probability
+from expect import probability
 from torch.utils.data import Dataset
 
-from catalogue import grow
+from catalogue import NEIGHBOURS, class_best, grow
 from dataset import SUFFIXES, check_images, default_workers, encode, make_loader, read_image, read_train, resize
 from extract import embed_pass, load_model
 from models import Model
-from retrieve import load_runs
+from retrieve import UNKNOWN, check_reject_flag, load_runs, reject, reject_flag
 from search import as_tensor, merge
 
 
@@ -47,12 +48,14 @@ def parse_args():
     add("--runs", nargs="+", metavar="ARCH/foldK", help="runs to join; default: every finished run")
     add("--k", type=int, default=5, help="neighbours shown (default 5)")
     add("--batch-size", type=int, default=64, help="images a batch (default 64)")
+    reject_flag(parser)
     form = parser.add_mutually_exclusive_group()
     form.add_argument("--json", action="store_true", help="a list of objects")
     form.add_argument("--csv", action="store_true", help="a line a photograph")
     args = parser.parse_args()
     if not 1 <= args.k <= NEIGHBOURS or args.batch_size < 1:
         parser.error(f"--k must be 1..{NEIGHBOURS}, --batch-size 1 or more")
+    check_reject_flag(parser, args)
     return args
 
 
@@ -130,10 +133,12 @@ def search_each(embedded, runs):
 
 
 def classify(photos, runs, labels, classes, calibration, args, device):
-    """(class number [n], confidence [n] or None, similarity [n, k], index [n, k]) of photographs by the joint `runs` of load.
-    It is what retrieve.py and scripts/expect.py say of test images, but for the rounding of similarities."""
-    found = []
+    """(class number [n], confidence [n] or None, similarity [n, k], index [n, k]) of photographs by the joint `runs` of load,
+    which keep their embeddings as "test". It is what retrieve.py and scripts/expect.py say of test images, but for the rounding
+    of similarities."""
+    found, kept = [], []
     for embedded in embed_all(photos, runs, device, args.batch_size):
+        kept.append(embedded)
         step = max(1, 2**26 // (len(runs) * len(labels)))  # of the similarities, so that they take 256 MiB
         for at in range(0, len(embedded[0]), step):
             each = search_each([rows[at:at + step] for rows in embedded], runs)
@@ -146,6 +151,8 @@ def classify(photos, runs, labels, classes, calibration, args, device):
                     agreed = [labels[own.argmax(1)] == labels[(total - own).argmax(1)] for own in each]
                     confidence = (confidence + np.mean(agreed, 0)) / 2
             found.append((best.argmax(1), confidence, similarity[:, :args.k], index[:, :args.k]))
+    for r, parts in zip(runs, zip(*kept, strict=True), strict=True):
+        r["test"] = np.concatenate(parts)
     return tuple(None if parts[0] is None else np.concatenate(parts) for parts in zip(*found, strict=True))
 
 
@@ -158,8 +165,12 @@ def main():
     classes, labels = encode(gallery["label"])
     calibration = load_calibration(args.output, runs)
     number, confidence, similarity, index = classify(photos, runs, labels, len(classes), calibration, args, device)
-    said = [{"photo": str(photo), "label": classes[number[i]],
-             "confidence": None if confidence is None else round(float(confidence[i]), 4),
+    strange = np.zeros(len(photos), bool)
+    if args.reject:
+        train = read_train(args.input)
+        strange = reject(load_runs(args.output, args.runs, train, None), runs, train, classes, labels, args, device)
+    said = [{"photo": str(photo), "label": UNKNOWN if strange[i] else classes[number[i]],
+             "confidence": None if confidence is None or strange[i] else round(float(confidence[i]), 4),
              "neighbours": [{"path": gallery["path"].iloc[j], "label": classes[labels[j]], "similarity": round(float(s), 4)}
                             for s, j in zip(similarity[i], index[i], strict=True)]} for i, photo in enumerate(photos)]
     if args.json:

@@ -22,19 +22,16 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from utils import InputError, accuracy, atomic, load_json, pick_device, run, save_json, script_parser
 
 import numpy as np
-import torch
-import torch.nn.functional as F
 from scipy.special import expit
 from sklearn.isotonic import IsotonicRegression
 from sklearn.linear_model import LogisticRegression
 from sklearn.model_selection import StratifiedKFold, cross_val_score
 
-from catalogue import grow
+from catalogue import NEIGHBOURS, class_best, fit_sharpness, grow, held_out, log_odds
 from dataset import encode, folds_by, load_folds, make_look_folds, read_csv, read_solution, read_test, read_train
-from retrieve import load_runs
+from retrieve import UNKNOWN, load_runs
 from search import Joined, topk
 
-NEIGHBOURS = 100  # looked at for the evidence: enough that several classes are among them
 LEAST_ERROR = 0.05  # half the interval at least, by the errors measured; see the README
 
 
@@ -52,25 +49,6 @@ def parse_args():
 
 
 # ------------------------------------------------------------------------------------------------------------- evidence
-
-
-def class_best(similarity, label, classes):
-    """Best similarity of each class among the NEIGHBOURS nearest of the pairs [n, K] -> float32 [n, C]; a class without one
-    there gets the least. Pairs at -inf do not count."""
-    order = np.argsort(-similarity, 1, kind="stable")[:, :NEIGHBOURS]
-    near, which = np.take_along_axis(similarity, order, 1), np.take_along_axis(label, order, 1)
-    least = np.where(np.isfinite(near), near, np.inf).min(1, keepdims=True)
-    best = torch.from_numpy(least).repeat(1, classes)
-    return best.scatter_reduce(1, torch.from_numpy(which), torch.from_numpy(near), "amax").numpy()
-
-
-def held_out(arrays, rows, labels, looks, classes, device):
-    """Best class similarities of the held-out `rows` by runs that did not train on them, arrays [N, D]: against all other
-    images, and against all but those of the image's own look: two float32 [n, C]."""
-    alike = int(np.bincount(looks).max())
-    similarity, index = topk(Joined(arrays, rows), Joined(arrays), NEIGHBOURS + alike, rows, device)
-    other = np.where(looks[index] == looks[rows, None], np.float32(-np.inf), similarity)
-    return tuple(class_best(part, labels[index], classes) for part in (similarity, other))
 
 
 def own_looks(arrays, labels, part, looks, seed):
@@ -95,30 +73,6 @@ def out_of_fold(runs, fold, part, labels, classes, args, device):
             looks = own_looks(arrays, labels, part, args.looks, args.seed)
             found.append((rows, *held_out(arrays, rows, labels, looks, classes, device)))
     return [np.concatenate(parts) for parts in zip(*found, strict=True)]
-
-
-def fit_sharpness(best, truth):
-    """The factor b for which softmax(b * best) [n, C] gives the true classes [n] the highest likelihood."""
-    log = torch.tensor(3.0, dtype=torch.float64, requires_grad=True)
-    best, truth = torch.from_numpy(best).double(), torch.from_numpy(truth)
-    optimiser = torch.optim.LBFGS([log], max_iter=50, line_search_fn="strong_wolfe")
-
-    def loss():
-        optimiser.zero_grad()
-        value = F.cross_entropy(best * log.exp(), truth)
-        value.backward()
-        return value
-
-    optimiser.step(loss)
-    return log.exp().item()
-
-
-def log_odds(best, sharpness, said=None):
-    """Log odds of the class `said` [n] (default: the best) against all others if they compete by
-    softmax(sharpness * similarity), [n, C] -> [n]."""
-    score = torch.from_numpy(best * np.float32(sharpness))
-    at = score.argmax(1, keepdim=True) if said is None else torch.from_numpy(said)[:, None]
-    return (score.gather(1, at)[:, 0] - score.scatter(1, at, -torch.inf).logsumexp(1)).numpy()
 
 
 def calibrate(best, truth, said=None):
@@ -203,13 +157,15 @@ def shift(run_, fold, seed, device):
 
 def expect(runs, fold, part, labels, grown, numbers, args, device, said=None, held=None):
     """(confidence [n], class number [n], nearest similarity [n], figures for expected.json) of the labels `said` [n] (default:
-    of the nearest images); `held` [N]: what the same vote says of the training images out-of-fold. labels: class numbers of
+    of the nearest images; so where it is -1); `held` [N]: what the same vote says of the training images out-of-fold. labels: class numbers of
     the rows of train.csv, which the estimate learns from; grown, numbers: the runs and class numbers of the gallery."""
     rows, random, look = out_of_fold(runs, fold, part, labels, labels.max() + 1, args, device)
     truth = labels[rows]
     similarity, index = topk(*(Joined([r[split] for r in grown]) for split in ("test", "train")), NEIGHBOURS, device=device)
     best = class_best(similarity, numbers[index], numbers.max() + 1)
     calibration = calibrate(look, truth)
+    nearest = best.argmax(1)
+    said = nearest if said is None else np.where(said < 0, nearest, said)
     own = calibration if held is None else calibrate(look, truth, held[rows])
     confidence, evidence, agreed = confide(best, own, grown, numbers, device, said)
     apart = 0.0 if agreed is None else abs(evidence.mean() - agreed.mean()) / 4
@@ -226,11 +182,11 @@ def expect(runs, fold, part, labels, grown, numbers, args, device, said=None, he
     first = next(r for r in runs if str(r["fold"]).isdecimal())
     figures |= shift(first, fold, args.seed, device)
     figures |= {"runs": {r["name"]: r["stamp"]["checkpoint"] for r in runs}, "calibration": calibration}
-    return confidence, best.argmax(1) if said is None else said, similarity[:, 0], figures
+    return confidence, said, similarity[:, 0], figures
 
 
 def submitted(args, test, trained, classes, runs):
-    """(vote, its class numbers of the test images [n], its class numbers out-of-fold [N] or None) of the submission. Test
+    """(vote, its class numbers of the test images [n], -1 for rejected ones, and out-of-fold [N] or None) of the submission. Test
     images have the `classes` of the gallery, training images those of train.csv, `trained`."""
     output, number, before = Path(args.output), *({label: i for i, label in enumerate(c)} for c in (classes, trained))
     for name in ("scores.json", "submission.csv"):
@@ -243,7 +199,7 @@ def submitted(args, test, trained, classes, runs):
         held = None  # random folds flatter any vote; then the nearest image's odds against other looks have to do
     else:
         held = read_csv(output / "oof.csv", ["path"])["prediction"].map(before).fillna(-1).to_numpy(np.int64)
-    return scores["vote"], table["prediction"].map(number).to_numpy(np.int64), held
+    return scores["vote"], table["prediction"].map(number).fillna(-1).to_numpy(np.int64), held
 
 
 def main():
@@ -270,6 +226,9 @@ def main():
 
     table = test[["filename"]].assign(prediction=np.array(classes, object)[number], confidence=confidence.round(4),
                                       similarity=similarity.round(4))
+    if said is not None and (said < 0).any():
+        table.loc[said < 0, ["prediction", "confidence"]] = UNKNOWN, 0.0
+        print(f"{(said < 0).sum()} of {len(said)} test images are rejected; the expectation is of all, those by their nearest")
     truth = read_solution(args.input, test["filename"])
     figures["vote"] = vote
     figures["true"] = None if truth is None else round(float((table["prediction"] == truth).mean()), 4)
