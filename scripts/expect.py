@@ -157,8 +157,9 @@ def shift(run_, fold, seed, device):
 
 def expect(runs, fold, part, labels, grown, numbers, args, device, said=None, held=None):
     """(confidence [n], class number [n], nearest similarity [n], figures for expected.json) of the labels `said` [n] (default:
-    of the nearest images; so where it is -1); `held` [N]: what the same vote says of the training images out-of-fold. labels: class numbers of
-    the rows of train.csv, which the estimate learns from; grown, numbers: the runs and class numbers of the gallery."""
+    of the nearest images; so where it is -1); `held` [N]: what the same vote says of the training images out-of-fold.
+    labels: class numbers of the rows of train.csv, which the estimate learns from; grown, numbers: the runs and class numbers
+    of the gallery."""
     rows, random, look = out_of_fold(runs, fold, part, labels, labels.max() + 1, args, device)
     truth = labels[rows]
     similarity, index = topk(*(Joined([r[split] for r in grown]) for split in ("test", "train")), NEIGHBOURS, device=device)
@@ -186,8 +187,8 @@ def expect(runs, fold, part, labels, grown, numbers, args, device, said=None, he
 
 
 def submitted(args, test, trained, classes, runs):
-    """(vote, its class numbers of the test images [n], -1 for rejected ones, and out-of-fold [N] or None) of the submission. Test
-    images have the `classes` of the gallery, training images those of train.csv, `trained`."""
+    """(vote, its class numbers of the test images [n], -1 for rejected ones, and out-of-fold [N] or None) of the submission.
+    Test images have the `classes` of the gallery, training images those of train.csv, `trained`."""
     output, number, before = Path(args.output), *({label: i for i, label in enumerate(c)} for c in (classes, trained))
     for name in ("scores.json", "submission.csv"):
         if not (output / name).exists():
