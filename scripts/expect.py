@@ -6,9 +6,9 @@ Two estimates that fail in opposite ways, and their mean:
              evidence of the test images. Blind to a shift that changes more than the looks do.
   agreement  How often a run gives a test image the label that all other runs together give it. Needs no labels, sees any shift
              that confuses the runs; blind to errors that they share.
-It is for the labels of the submission, by whatever vote.
+It is for the labels of the submission, by whatever vote; before there is one, for those of the nearest image.
 
-Reads  what retrieve.py reads and what it writes
+Reads  what retrieve.py reads and, if it ran, what it writes
 Writes output/confidence.csv (filename,prediction,confidence,similarity in the order of the submission), output/expected.json
 
     python scripts/expect.py
@@ -39,7 +39,7 @@ def parse_args():
     parser = script_parser(__doc__)
     add = parser.add_argument
     add("--runs", nargs="+", metavar="ARCH/foldK", help="runs to join, for the label of the nearest image by them; default: "
-        "those of the submission, for its labels")
+        "those of the submission, for its labels, or every finished run")
     add("--looks", type=int, default=5, help="looks a class is split into, where the folds are not by look (default 5)")
     add("--seed", type=int, default=0, help="of looks and samples (default 0)")
     args = parser.parse_args()
@@ -190,9 +190,6 @@ def submitted(args, test, trained, classes, runs):
     """(vote, its class numbers of the test images [n], -1 for rejected ones, and out-of-fold [N] or None) of the submission.
     Test images have the `classes` of the gallery, training images those of train.csv, `trained`."""
     output, number, before = Path(args.output), *({label: i for i, label in enumerate(c)} for c in (classes, trained))
-    for name in ("scores.json", "submission.csv"):
-        if not (output / name).exists():
-            raise InputError(f"{output / name} is not there; run retrieve.py first")
     scores, table = load_json(output / "scores.json"), read_csv(output / "submission.csv", ["filename", "prediction"])
     if scores["runs"] != {r["name"]: r["stamp"]["checkpoint"] for r in runs} or not table["filename"].equals(test["filename"]):
         raise InputError(f"{output}/submission.csv is of other runs or test images than there are now; run retrieve.py again")
@@ -213,11 +210,11 @@ def main():
         return
     train, test = read_train(args.input), read_test(args.input)
     scores = Path(args.output) / "scores.json"
-    names = args.runs or (list(load_json(scores)["runs"]) if scores.exists() else None)
-    runs = load_runs(args.output, names, train, test)
+    nearest = args.runs or not scores.exists()
+    runs = load_runs(args.output, args.runs if nearest else list(load_json(scores)["runs"]), train, test)
     grown, gallery = grow(runs, args.output, train)
     (trained, labels), (classes, numbers) = encode(train["label"]), encode(gallery["label"])
-    vote, said, held = ("nearest", None, None) if args.runs else submitted(args, test, trained, classes, runs)
+    vote, said, held = ("nearest", None, None) if nearest else submitted(args, test, trained, classes, runs)
     if not any(str(r["fold"]).isdecimal() for r in runs):
         print("no run held images out, so nothing is known of the accuracy to expect; train runs of folds, not of 'all'")
         return
