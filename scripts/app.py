@@ -36,7 +36,7 @@ WAITING = 8  # photographs that may wait for their label at a time, each in memo
 SIDE = 480  # pixels of a training image on the page
 FORMATS = ["JPEG", "PNG", "WEBP", "BMP", "TIFF"]
 HEADERS = {"Cache-Control": "no-store", "X-Content-Type-Options": "nosniff", "Content-Security-Policy":
-           "default-src 'none'; img-src 'self' blob:; connect-src 'self'; script-src 'unsafe-inline'; "
+           "default-src 'none'; img-src 'self' blob: data:; connect-src 'self'; script-src 'unsafe-inline'; "
            "style-src 'unsafe-inline'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"}
 
 
@@ -182,6 +182,10 @@ class Server(ThreadingHTTPServer):
                  f"run{'s' * (len(labeller.runs) > 1)}")
         page = (Path(__file__).parent / "app.html").read_text(encoding="utf-8")
         self.page = page.replace("ABOUT", html.escape(about)).replace("MOST_BYTES", str(MOST_BYTES)).encode()
+
+    def handle_error(self, request, client_address):
+        if not isinstance(sys.exc_info()[1], ConnectionError):  # a browser that left before its answer
+            super().handle_error(request, client_address)
 
 
 def main():

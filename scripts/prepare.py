@@ -108,7 +108,7 @@ def folders(source, args):
 def tree(source, split):
     """Images of SRC/split/<label>/..."""
     base = source / split
-    files = sorted(p for p in base.glob("*/**/*") if p.suffix.lower() in SUFFIXES)
+    files = sorted(p for p in base.glob("*/**/*") if p.suffix.lower() in SUFFIXES and not p.name.startswith("._"))  # macOS
     if not files:
         raise InputError(f"{base} holds no folders of images ({', '.join(sorted(SUFFIXES))})")
     return pd.DataFrame({"path": [p.relative_to(source).as_posix() for p in files],

@@ -86,7 +86,8 @@ def confused(table, index, gallery, source, most=12):
 
 
 def curves(output, runs):
-    """{name, accuracy, loss} of each run: points (epoch, value)."""
+    """{name, head, nearest, time, accuracy, loss} of each run: accuracies on its held-out fold in the epoch that was kept (None
+    where nothing was held out), time of the training; points (epoch, value)."""
     result = []
     for r in runs:
         log = output / r["name"] / "log.csv"
@@ -94,19 +95,22 @@ def curves(output, runs):
             table = pd.read_csv(log)
             points = {key: table[["epoch", name]].dropna().values.tolist()
                       for key, name in [("accuracy", "retrieval_acc"), ("loss", "train_loss")]}
-            result.append({"name": r["name"], **points})
+            kept = table[table["retrieval_acc"] == table["retrieval_acc"].max()][["head_acc", "retrieval_acc"]].values.tolist()
+            head, nearest = kept[-1] if kept else (None, None)
+            result.append({"name": r["name"], "head": head, "nearest": nearest, "time": duration(table["seconds"].sum()),
+                           **points})
     return result
 
 
 def shift(runs, fold, device, seed):
     """Histogram of nearest similarities and map of embeddings, held-out training images against test images, by one run."""
     r = next((r for r in runs if str(r["fold"]).isdecimal()), None)
-    if r is None:
+    if r is None or fold is None:
         return [], []
     rows, gallery = np.flatnonzero(fold == int(r["fold"])), Joined([r["train"]])
     sets = {"held-out training": (Joined([r["train"]], rows), rows, "#2563c9"), "test": (Joined([r["test"]]), None, "#d9822b")}
     near = {name: topk(vectors, gallery, 1, own, device)[0][:, 0] for name, (vectors, own, _) in sets.items()}
-    edges = np.linspace(min(map(np.min, near.values())), 1, 31)
+    edges = np.linspace(min(map(np.min, near.values())), max(1, *map(np.max, near.values())), 31)  # rounding may exceed 1
     histogram, rng, samples = [], np.random.default_rng(seed), {}
     for name, (vectors, _, colour) in sets.items():
         share = np.histogram(near[name], edges)[0] / len(vectors)

@@ -42,7 +42,7 @@ def test_products10k_keeps_its_groups(tmp_path):
     source = tmp_path / "p"
     photos(source, ["train/0.jpg", "train/1.jpg", "train/2.jpg", "test/7.jpg"])
     (source / "train.csv").write_text("name,class,group\n0.jpg,12,3\n1.jpg,12,3\n2.jpg,15,4\n")
-    (source / "test_kaggletest.csv").write_text("name,class,group,Usage\n7.jpg,15,4,Public\n")
+    (source / "test_kaggletest.csv").write_text("name,class,Usage\n7.jpg,15,Public\n")
     train, test = prepared("products10k", source, tmp_path)
     assert train["group"].tolist() == ["3", "3", "4"] and test["label"].tolist() == ["15"]
 
@@ -70,6 +70,7 @@ def test_sop_holds_out_the_last_photograph_of_each_label(tmp_path):
 def test_a_plain_tree_is_split_by_label_and_can_be_copied(tmp_path):
     source = tmp_path / "f"
     photos(source, [f"{label}/deep/{i}.jpg" for label in ("a", "b") for i in range(5)])
+    (source / "a" / "deep" / "._0.jpg").write_bytes(b"what macOS adds to an archive")
     train, test = prepared("folders", source, tmp_path, "--test-share", 0.4, "--copy")
     assert sorted(train["label"]) == list("aaabbb") and sorted(test["label"]) == list("aabb")
     assert not (tmp_path / "out" / "test").is_symlink()

@@ -3,17 +3,16 @@
 import io
 import json
 import shutil
-import subprocess
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import pytest
+from browser import CHROMIUM, Browser
 from conftest import script
 
-from dataset import read_image
-
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+import dataset
+from dataset import read_image, read_test, read_train
 
 
 @pytest.fixture
@@ -69,28 +68,64 @@ def test_the_report_shows_what_the_files_hold(data, output, tmp_path):
     assert all(q["truth"] is None for q in page()["queries"])
 
 
-DRIVE = """<script>
-const rows = () => document.querySelectorAll("#grid .query").length;
-const set = (id, value) => { $(id).value = value; $(id).dispatchEvent(new Event("input")); return rows(); };
-const all = rows(), one = set("file", "q00"), none = set("file", "nowhere");
-set("file", "");
-$("wrong").click();
-document.title = JSON.stringify([all, one, none, rows(), document.querySelectorAll("svg").length]);
-</script>"""
+HOSTILE = '</script><img src=x onerror="window.hit = 1">\'"&amp;', "\"'><img src=x onerror=window.hit=1>.jpg"  # label, file
+
+
+def renamed(data, output, tmp_path):
+    """The data set and its finished runs with a label and a test image of hostile names."""
+    source, output = shutil.copytree(data, tmp_path / "d"), shutil.copytree(output, tmp_path / "renamed")
+    for folder, name in [(source, "train"), (source, "sample_submission"), (source, "solution"), (output, "folds")]:
+        table = pd.read_csv(folder / f"{name}.csv", dtype=str)
+        table.replace({"tube": HOSTILE[0], "q00.jpg": HOSTILE[1]}).to_csv(folder / f"{name}.csv", index=False)
+    (source / "test" / "q00.jpg").rename(source / "test" / HOSTILE[1])
+    for stamp in output.glob("*/*/extract.json"):
+        mine = {"train": dataset.train_fingerprint(read_train(source)), "test": dataset.test_fingerprint(read_test(source))}
+        stamp.write_text(json.dumps(json.loads(stamp.read_text()) | mine))
+    for name in ("retrieve", "scripts/expect", "scripts/report"):
+        script(f"{name}.py", "--input", source, "--output", output)
+    return source, output
 
 
 @pytest.mark.skipif(not CHROMIUM, reason="needs Chromium")
 def test_the_page_works_in_a_browser(data, output, tmp_path):
-    script("scripts/report.py", "--input", data, "--output", output)
-    table = pd.read_csv(output / "confidence.csv", dtype=str).merge(pd.read_csv(data / "solution.csv", dtype=str))
-    page = tmp_path / "driven.html"
-    page.write_text((output / "report.html").read_text().replace("</body>", DRIVE + "</body>"))
-    command = [CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", "--enable-logging=stderr", "--dump-dom",
-               f"--user-data-dir={tmp_path / 'profile'}", page.as_uri()]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
-    assert "CONSOLE" not in done.stderr, done.stderr
-    title = done.stdout.split("<title>")[1].split("</title>")[0]
-    assert json.loads(title) == [12, 1, 0, (table["prediction"] != table["label"]).sum(), 4]
+    source, output = renamed(data, output, tmp_path)
+    table = pd.read_csv(output / "confidence.csv", dtype=str).merge(pd.read_csv(source / "solution.csv", dtype=str))
+    table["confidence"] = table["confidence"].astype(float)
+    right = table["prediction"] == table["label"]
+    with Browser(tmp_path / "profile") as browser:
+        browser.open((output / "report.html").as_uri())
+
+        def files(**controls):
+            """File names in the grid, in order, after these controls were set."""
+            for name, value in controls.items():
+                browser.run(f"$('{name}').value = {json.dumps(value)}; $('{name}').dispatchEvent(new Event('input'))")
+            return browser.run("[...document.querySelectorAll('#grid .head figcaption')].map(f => f.textContent)")
+
+        def confidence(names):
+            return table.set_index("filename").loc[names, "confidence"].tolist()
+
+        assert sorted(files()) == sorted(table["filename"]) and confidence(files()) == sorted(table["confidence"])
+        assert files(order="file") == sorted(table["filename"])
+        wrong_first = files(order="wrong")
+        assert set(wrong_first[:(~right).sum()]) == set(table["filename"][~right])
+        assert confidence(wrong_first[:(~right).sum()]) == sorted(table["confidence"][~right], reverse=True)
+        assert files(file="ONERROR") == [HOSTILE[1]] and files(file="nowhere") == []
+        named = (table["prediction"] == HOSTILE[0]) | (table["label"] == HOSTILE[0])
+        assert set(files(file="", label=HOSTILE[0])) == set(table["filename"][named]) and named.any()
+        browser.run("$('file').focus()")
+        browser.call("Input.insertText", text="q1")
+        assert set(files()) == {name for name in table["filename"][named] if "q1" in name}, "typed"
+        files(label="", file="")
+        browser.run("$('wrong').focus()")
+        browser.key(" ")
+        assert set(files()) == set(table["filename"][~right]), "the space bar ticks the box"
+        assert browser.run("document.querySelectorAll('svg').length") == 4
+        runs = browser.run("[...document.querySelectorAll('#runs tbody tr')].map(r => [...r.cells].map(c => c.textContent))")
+        log = pd.read_csv(output / "test_nfnet" / "fold1" / "log.csv")
+        assert len(runs) == 2 and runs[1][0] == "test_nfnet/fold1" and float(runs[1][2]) == round(log["retrieval_acc"].max(), 4)
+        for width, dark in ((360, True), (1100, False)):
+            assert browser.size(width, dark=dark) == 0, "nothing sticks out to the side"
+        assert not browser.errors and not browser.run("window.hit")
 
 
 def test_the_onnx_model_embeds_as_extract_does(data, output):
