@@ -4,9 +4,10 @@ Reads  what retrieve.py reads
 Writes output/index/<engine>/, whole or not at all. A vector is a training image's joined embedding, as retrieve.py joins the
        runs: each run's L2-normalised, side by side, of length 1 together. Blocks bound the memory beside the engine's own.
            gallery.faiss, rows.csv   of flat (exact), hnsw (a graph, all vectors in memory), ivfpq (lists of codes of D / 8
-                                     bytes); vector number i has the path and label of row i
+                                     bytes), ivfpq-refined (D bytes more, the nearest by the codes scored anew from them);
+                                     vector number i has the path and label of row i
            gallery.lance             of lancedb: a table on disk with the columns vector, row, path, label, indexed by IVF-PQ,
-                                     the nearest by the codes scored anew from the vectors on disk
+                                     the nearest by the codes scored anew from the vectors
            index.json                the runs joined and their checkpoints, the settings, what was measured
 Prints how many of the k truly nearest the engine finds, how often its nearest has the same label, and its speed, beside those
 of the exact search: on the test images, or where there are none on training images with themselves left out.
@@ -35,6 +36,7 @@ from search import Joined, topk
 from votes import blocks
 
 BLOCK = 8192  # rows handed over at a time
+REFINE = 10  # times k of the rows that the codes find nearest are scored anew
 ALIKE = 1e-6  # cosines that differ by less are equal but for rounding
 
 
@@ -78,6 +80,8 @@ class Faiss:
         self.settings = self.describe(*gallery.shape)
         self.index = faiss.index_factory(gallery.shape[1], self.settings, faiss.METRIC_INNER_PRODUCT)
         if not self.index.is_trained:
+            if ivf := faiss.try_extract_index_ivf(self.index):  # a warning for each of the codes' bytes otherwise
+                ivf.cp.min_points_per_centroid = faiss.downcast_index(ivf).pq.cp.min_points_per_centroid = 1
             sample = min(len(gallery), max(64 * lists(len(gallery)), 64 * 256), 2**28 // gallery.shape[1])  # 1 GiB at most
             self.index.train(gallery[some(len(gallery), sample)].numpy())
         for part in progress(list(blocks(len(gallery), BLOCK)), "index"):
@@ -113,17 +117,25 @@ class IvfPq(Faiss):
         return f"IVF{lists(rows)},PQ{width // 8}"
 
 
+class IvfPqRefined(IvfPq):
+    def describe(self, rows, width):
+        return super().describe(rows, width) + ",Refine(SQ8)"
+
+    def set(self, effort):
+        super().set(effort)
+        self.faiss.ParameterSpace().set_index_parameter(self.index, "k_factor_rf", REFINE)
+
+
 class LanceDb:
     """A table of LanceDB in a folder."""
 
     parameter, efforts = "nprobes", [4, 16, 64, "exact"]
-    refine = 10  # times k rows are scored anew
 
     def build(self, folder, gallery, table):
         lancedb, pa = need("lancedb", "lancedb"), need("pyarrow", "lancedb")
         enough_for_codes(len(gallery), "lancedb")
         width = gallery.shape[1]
-        self.settings = {"index": "IVF_PQ", "lists": lists(len(gallery)), "codes": width // 8, "refine_factor": self.refine}
+        self.settings = {"index": "IVF_PQ", "lists": lists(len(gallery)), "codes": width // 8, "refine_factor": REFINE}
         schema = pa.schema([("vector", pa.list_(pa.float32(), width)), ("row", pa.int64()), ("path", pa.string()),
                             ("label", pa.string())])
 
@@ -140,7 +152,7 @@ class LanceDb:
         index = np.full((len(queries), k), -1)
         for found, query in zip(index, queries, strict=True):
             ask = self.table.search(query).distance_type("cosine").limit(k).select(["row", "_distance"])
-            ask = ask.bypass_vector_index() if effort == "exact" else ask.nprobes(effort).refine_factor(self.refine)
+            ask = ask.bypass_vector_index() if effort == "exact" else ask.nprobes(effort).refine_factor(REFINE)
             rows = ask.to_arrow()["row"].to_numpy()
             found[:len(rows)] = rows
         return index
@@ -149,7 +161,7 @@ class LanceDb:
         pass  # all is on disk; the effort is the query's
 
 
-ENGINES = {"flat": Faiss, "hnsw": Hnsw, "ivfpq": IvfPq, "lancedb": LanceDb}
+ENGINES = {"flat": Faiss, "hnsw": Hnsw, "ivfpq": IvfPq, "ivfpq-refined": IvfPqRefined, "lancedb": LanceDb}
 
 
 def lists(rows):

@@ -54,15 +54,15 @@ def test_without_test_images_it_is_measured_on_training_images_less_themselves(d
     assert "| 20 queries, 24 x 512 | recall@3 |" in said and "| hnsw, efSearch 1024 | 1.0000 | 1.0000 |" in said
 
 
-@pytest.mark.parametrize("engine", ["ivfpq", "lancedb"])
-def test_codes_find_nearly_all_and_fields_come_back(engine, tmp_path):
-    pytest.importorskip({"ivfpq": "faiss", "lancedb": "lancedb"}[engine])
+@pytest.mark.parametrize("engine, least", [("ivfpq", 0.3), ("ivfpq-refined", 0.95), ("lancedb", 1)])
+def test_codes_find_the_label_and_fields_come_back(engine, least, tmp_path):
+    pytest.importorskip("lancedb" if engine == "lancedb" else "faiss")
     x, queries, table = clusters()
     with export_index.whole_folder(tmp_path / "index") as folder:
         record, printed = export_index.export(engine, folder, Joined([x]), table, Joined([queries]), None, 5, 0.9, "cpu")
-    *_, most = record["measured"]
-    assert most["same_label"] > 0.95 and most["recall"] > (0.5 if engine == "ivfpq" else 1 - 1e-9), printed
-    if engine == "ivfpq":
+    most = record["measured"][-1]  # LanceDB's is its exact search
+    assert most["same_label"] > 0.95 and most["recall"] >= least, printed
+    if engine != "lancedb":
         return
     import lancedb
 
