@@ -1,18 +1,34 @@
-"""The CSVs of design's contract, folds, reading of images, transforms, loaders.
+"""The CSVs of design's contract, folds, reading of images, the cache of decoded ones, transforms, loaders.
 
     train.csv               path,label[,group]    paths relative to the CSV's folder; labels are any text
     sample_submission.csv   filename,prediction   files lie in test/
     solution.csv            filename,label        optional: the true labels of the test images
 """
 
+import argparse
 import copy
+import functools
 import os
+import shutil
 import signal
+import time
 import warnings
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path, PurePosixPath
 
-from utils import InputError, atomic, fingerprint, lock, place, progress, share
+from utils import (
+    InputError,
+    atomic,
+    fingerprint,
+    load_json,
+    lock,
+    on_first,
+    place,
+    progress,
+    save_json,
+    save_text,
+    share,
+)
 
 import cv2
 import numpy as np
@@ -253,6 +269,106 @@ def resize(image, size, how="squash"):
     return cv2.resize(image, (size, size), interpolation=cv2.INTER_AREA if shrink else cv2.INTER_LINEAR)
 
 
+def load_image(path, size, how):
+    return resize(read_image(path), size, how)
+
+
+def cache_flags(parser):
+    add = parser.add_argument
+    add("--cache", action=argparse.BooleanOptionalAction, default=True, help="decode and resize each image once for all runs "
+        "and epochs, into INPUT/.cache, where the disk has room (default on)")
+    add("--cache-size", type=float, metavar="GB", help="most that the cache may take (default: half of the free disk)")
+
+
+@functools.lru_cache(maxsize=8)  # once a process: loader workers that are not forked open it themselves
+def open_cache(path, inode, rows, size):
+    return np.memmap(path, np.uint8, "r", shape=(rows, size, size, 3))
+
+
+class Cache:
+    """Images below --input, decoded and resized, on disk for all runs, epochs and processes. In INPUT/.cache, or OUTPUT/.cache
+    where the input is read-only, 256-squash.u8 holds one uint8 [256, 256, 3] after the other; 256-squash.json names for each
+    file its row, its bytes and its time, and a file that has changed gets a new row. Rows are written before they are named
+    and never again, so what is named is whole, also for those who read while others add."""
+
+    def __init__(self, args):
+        self.root, self.on, self.most = args.input, args.cache, args.cache_size
+        self.place = Path(self.root if os.access(self.root, os.W_OK) else args.output) / ".cache"
+        self.found = {}  # (size, how) -> {file: row}, as far as this process has looked at the files
+
+    def files(self, folder, names):
+        prefix = os.path.relpath(folder, self.root)
+        return [os.path.normpath(f"{prefix}/{name}") for name in names]
+
+    def add(self, folder, names, sizes, how):
+        """Decode what is not there yet at these sizes, on all cores; where there is no room, say so and leave it out. Under
+        torchrun the first process decodes for all."""
+        for size in dict.fromkeys(sizes) if self.on else []:
+            found = self.found.setdefault((size, how), {})
+            found |= on_first(self.build, [file for file in self.files(folder, names) if file not in found], size, how)
+
+    def build(self, files, size, how):
+        """{file: row} of the files, what is not there yet decoded first; {} where there can be no cache."""
+        stats = {file: Path(self.root, file).stat() for file in files}
+        try:
+            with lock(self.place, wait=True):
+                return self.fill({file: [s.st_size, s.st_mtime_ns] for file, s in stats.items()}, size, how)
+        except OSError as error:
+            print(f"no cache in {self.place}: {error.strerror}; images are decoded in every pass", flush=True)
+            return {}
+
+    def fill(self, stamps, size, how):
+        """{file: row} of the files {file: [bytes, time]}, those that are new or have changed decoded first."""
+        data, image_bytes = self.path(size, how), size * size * 3
+        index = data.with_suffix(".json")
+        known = load_json(index) if index.exists() else {}
+        rows = 1 + max((row for row, *_ in known.values()), default=-1)
+        if not data.exists() or data.stat().st_size < rows * image_bytes:
+            known, rows = {}, 0
+        new = [file for file, stamp in stamps.items() if known.get(file, [-1])[1:] != stamp]
+        need, room = len(new) * image_bytes, shutil.disk_usage(self.place).free / 2
+        if self.most is not None:
+            room = self.most * 1e9 - sum(f.stat().st_size for f in self.place.glob("*.u8") if f != data) - rows * image_bytes
+        where, said = self.place, f"{len(new)} images at {size} px, {need / 1e9:.1f} GB"
+        if need > room:
+            print(f"no cache of {said}: room in {where} for {max(0, room) / 1e9:.1f} GB (--cache-size); images are decoded "
+                  "in every pass", flush=True)
+        elif new:
+            print(f"decoding {said}, once, into {where} (--no-cache: in every pass)", flush=True)
+            self.append(new, stamps, known, rows, size, how)
+        return {file: known[file][0] for file, stamp in stamps.items() if known.get(file, [-1])[1:] == stamp}
+
+    def append(self, new, stamps, known, rows, size, how):
+        """Decode the new files behind the `rows` that are there, and name them in `known`, on disk every half a minute."""
+        data, saved = self.path(size, how), time.monotonic()
+        save_text(self.place / ".gitignore", "*\n")
+        if not known:  # others may still read the file: they keep it
+            data.with_suffix(".json").unlink(missing_ok=True)
+            data.unlink(missing_ok=True)
+        cv2.setNumThreads(0)  # all cores by our own pool
+        with open(data, "ab") as file, ThreadPoolExecutor(os.cpu_count()) as pool, progress(None, "decoding", len(new)) as bar:
+            file.truncate(rows * size * size * 3)  # what a kill has left unnamed
+            for at in range(0, len(new), 256):  # images in memory
+                part = new[at:at + 256]
+                for image in pool.map(lambda name: load_image(Path(self.root, name), size, how), part):
+                    file.write(image)
+                known |= {name: [rows + at + i, *stamps[name]] for i, name in enumerate(part)}
+                bar.update(len(part))
+                if at + 256 >= len(new) or time.monotonic() - saved > 30:
+                    file.flush()
+                    os.fsync(file.fileno())
+                    save_json(data.with_suffix(".json"), known)
+                    saved = time.monotonic()
+
+    def path(self, size, how):
+        return self.place / f"{size}-{how}.u8"
+
+    def rows(self, folder, names, size, how):
+        """Row of each image, -1 for those that are not there."""
+        found = self.found.get((size, how), {})
+        return np.array([found.get(file, -1) for file in self.files(folder, names)])
+
+
 def check_images(folder, names, full=False):
     """Raise one InputError that lists every missing or unreadable image (20 named, then a count).
     full=False reads headers only; full=True decodes every image."""
@@ -366,9 +482,18 @@ class Images(Dataset):
     """(uint8 image [3, size, size], class number) of rows of a CSV. An item (epoch, row) is augmented from a random
     state that is a function of (seed, epoch, row): the same whichever worker draws it, before and after a resume."""
 
-    def __init__(self, folder, names, labels, size, how="squash", augment=None, seed=0):
+    def __init__(self, folder, names, labels, size, how="squash", augment=None, seed=0, cache=None):
         self.folder, self.names, self.labels = Path(folder), list(names), torch.as_tensor(labels)
-        self.size, self.how, self.augment, self.seed = size, how, augment, seed
+        self.how, self.augment, self.seed, self.cache = how, augment, seed, cache
+        self.resized_to(size)
+
+    def resized_to(self, size):
+        self.size, self.rows = size, np.full(len(self.names), -1)
+        if self.cache:
+            self.rows = self.cache.rows(self.folder, self.names, size, self.how)
+            if rows := int(self.rows.max(initial=-1)) + 1:
+                path = self.cache.path(size, self.how)
+                self.stored = path, path.stat().st_ino, rows, size
 
     def __len__(self):
         return len(self.names)
@@ -376,20 +501,24 @@ class Images(Dataset):
     def at(self, size):
         """The same images at another size."""
         other = copy.copy(self)
-        other.size = size
+        other.resized_to(size)
         return other
 
     def part(self, rows):
         """Those of a slice of rows."""
         other = copy.copy(self)
-        other.names, other.labels = self.names[rows], self.labels[rows]
+        other.names, other.labels, other.rows = self.names[rows], self.labels[rows], self.rows[rows]
         return other
 
     def __getitem__(self, item):
         epoch, row = item if isinstance(item, tuple) else (0, item)
-        image = resize(read_image(self.folder / self.names[row]), self.size, self.how)
-        image = torch.from_numpy(image).permute(2, 0, 1).contiguous()
+        if self.rows[row] >= 0:
+            image = np.array(open_cache(*self.stored)[self.rows[row]])
+        else:
+            image = load_image(self.folder / self.names[row], self.size, self.how)
+        image = torch.from_numpy(image).permute(2, 0, 1)
         if self.augment:
+            image = image.contiguous()
             with torch.random.fork_rng(devices=[]):
                 state = np.random.SeedSequence((self.seed, epoch, row)).generate_state(1, np.uint64)
                 torch.default_generator.manual_seed(int(state[0]))
@@ -431,10 +560,15 @@ def _start_worker(_):
         signal.signal(number, signal.SIG_IGN)
 
 
+def _collate(items):
+    images, labels = zip(*items, strict=True)  # channels last, as they come from the decoder and as the backbones want them
+    return torch.stack([image.permute(1, 2, 0) for image in images]).permute(0, 3, 1, 2), torch.stack(labels)
+
+
 def make_loader(images, batches, workers, device):
     """Batches (uint8 [B, 3, H, W], int64 [B]): of so many images, in order, or those of an EpochSampler. The loader has a
     random generator of its own: it draws from it when its workers start, in the first epoch and after a resume."""
     ordered = isinstance(batches, int)
     return DataLoader(images, **{"batch_size" if ordered else "batch_sampler": batches}, num_workers=workers,
-                      worker_init_fn=_start_worker, generator=torch.Generator(), pin_memory=device.type == "cuda",
-                      persistent_workers=workers > 0 and not ordered)
+                      worker_init_fn=_start_worker, collate_fn=_collate, generator=torch.Generator(),
+                      pin_memory=device.type == "cuda", persistent_workers=workers > 0 and not ordered)

@@ -9,11 +9,14 @@ Writes output/<arch>/fold<k>/{train,test,head}.npy (float32 [N, 512] in the CSV'
     python extract.py --arch dm_nfnet_f0 --fold 0 --weights original.pth --size 256 --precision fp32
 """
 
+import json
+import shutil
 import time
 from pathlib import Path
 
 from utils import (
     InputError,
+    Store,
     autocast,
     duration,
     file_fingerprint,
@@ -26,6 +29,7 @@ from utils import (
     peak_memory,
     pick_device,
     pick_precision,
+    place,
     processes,
     progress,
     run,
@@ -40,9 +44,12 @@ import numpy as np
 import pandas as pd
 import torch
 from torch import nn
+from torch.utils.data import Subset
 
 from dataset import (
+    Cache,
     Images,
+    cache_flags,
     check_images,
     default_workers,
     encode,
@@ -52,7 +59,9 @@ from dataset import (
     test_fingerprint,
     train_fingerprint,
 )
-from models import Model, Softmax, build, load_weights
+from models import EMBEDDING, Model, Softmax, build, load_weights
+
+SAVE = 10.0  # seconds between two savings of a pass
 
 
 def parse_args():
@@ -70,6 +79,7 @@ def parse_args():
     add("--precision", choices=["auto", "fp32", "bf16", "fp16"], help="default: that of the training")
     add("--batch-size", type=int, default=0, help="images a batch; 0 = 64 on a CPU, 512 on a GPU, halved until it fits")
     add("--workers", type=int, default=default_workers(), help="loader processes (default min(8, cores - 1))")
+    cache_flags(parser)
     args = parser.parse_args()
     if args.batch_size < 0 or min(args.size, *(args.test_size or [1])) < 1 or (args.gem_p is not None and not args.gem_p > 0):
         parser.error("--batch-size must be 0 or more, --size and --test-size 1 or more, --gem-p more than 0")
@@ -112,13 +122,14 @@ def finished_runs(output, arch=None, fold=None):
 
 
 def embed(model, images, device, precision="fp32", batch_size=64, workers=0, what="embedding", sizes=None,
-          output=Model.forward):
+          output=Model.forward, store=lambda size: Store()):
     """Flip-averaged embeddings of a dataset.Images in its order: float32 [N, 512], not normalised, averaged over the image
-    `sizes` (default: that of `images`). The model runs in eval mode and is left as it was. `output`: what of the model."""
+    `sizes` (default: that of `images`). The model runs in eval mode and is left as it was. `output`: what of the model.
+    `store`: size -> the Store of that pass, from which an interrupted one goes on."""
     keep_freed_memory()
     training = model.training
     model.eval()
-    passes = [embed_pass(model, images.at(size), device, precision, batch_size, workers, what, output)
+    passes = [embed_pass(model, images.at(size), device, precision, batch_size, workers, what, output, store(size))
               for size in sizes or [images.size]]
     model.train(training)
     result = np.mean(passes, 0) if len(passes) > 1 else passes[0]
@@ -128,18 +139,22 @@ def embed(model, images, device, precision="fp32", batch_size=64, workers=0, wha
     return result
 
 
-def embed_shared(model, images, device, precision, batch_size, *more):
+def embed_shared(model, images, device, precision, batch_size, *more, **named):
     """embed, under torchrun by all processes together: whole batches each, the batches of one process; all get the result."""
     mine = images.part(share(len(images), batch_size))
-    return gather(embed(model, mine, device, precision, batch_size, *more))
+    return gather(embed(model, mine, device, precision, batch_size, *more, **named))
 
 
 @torch.inference_mode()
-def embed_pass(model, images, device, precision, batch_size, workers, what, output):
-    """embed at one size. A batch that does not fit the GPU is halved, from there on."""
-    result, done = np.empty((0, 0), np.float32), 0
+def embed_pass(model, images, device, precision, batch_size, workers, what, output, store):
+    """embed at one size. A batch that does not fit the GPU is halved, from there on. Embeddings stay on the device until
+    they are saved, since fetching them waits for it. A pass that goes on has the batches of one that was not interrupted."""
+    width = EMBEDDING if output is Model.forward else model.neck[0].in_features
+    result, done = store.open(embedding=(np.float32, (len(images), width)))
+    rest, waiting, saved = Subset(images, range(done, len(images))), [], time.monotonic()
     with progress(None, what, len(images)) as bar:
-        for batch, _ in make_loader(images, batch_size, workers, device):
+        bar.update(done)
+        for batch, _ in make_loader(rest, batch_size, workers, device):
             batch = batch.to(device, non_blocking=True)
             at = 0
             while at < len(batch):
@@ -153,12 +168,14 @@ def embed_pass(model, images, device, precision, batch_size, workers, what, outp
                     batch_size //= 2
                     torch.cuda.empty_cache()
                     continue
-                if not len(result):
-                    result = np.empty((len(images), both.shape[1]), np.float32)
-                result[done:done + len(part)] = ((both[:len(part)] + both[len(part):]) / 2).cpu().numpy()
+                waiting.append((both[:len(part)] + both[len(part):]) / 2)
                 at += len(part)
-                done += len(part)
                 bar.update(len(part))
+            count = done + sum(map(len, waiting))
+            if time.monotonic() - saved > SAVE or count == len(images):
+                result[done:count] = torch.cat(waiting).cpu().numpy()
+                store.done(count)
+                done, waiting, saved = count, [], time.monotonic()
     assert done == len(images)
     return result
 
@@ -224,8 +241,9 @@ def import_weights(args, folder, train):
                                          "head_fits": part == "all"})
 
 
-def extract(folder, args, train, test, device, first):
-    """Embeddings of one run, unless those on disk are of this checkpoint and these rows. `first`: this process writes."""
+def extract(folder, args, train, test, device, first, cache):
+    """Embeddings of one run, unless those on disk are of this checkpoint and these rows. Interrupted, it goes on from what
+    lies in the run's .extract. `first`: this process writes."""
     start = time.time()
     recorded = load_json(folder / "args.json")
     stamp = {"train": train_fingerprint(train), "test": None if test is None else test_fingerprint(test),
@@ -257,17 +275,22 @@ def extract(folder, args, train, test, device, first):
     rows = {"train": (args.input, train["path"])}
     if test is not None:
         rows["test"] = (Path(args.input) / "test", test["filename"])
+    key = json.dumps([stamp, batch_size, device.type, *place()])
     for split, (base, files) in rows.items():
-        images = Images(base, files, np.zeros(len(files), np.int64), stored["size"], stored["resize"])
+        cache.add(base, files, stamp["sizes"], stored["resize"])
+        images = Images(base, files, np.zeros(len(files), np.int64), stamp["sizes"][0], stored["resize"], cache=cache)
         name = f"{folder.parent.name}/{folder.name} {split}"
         if split == "test" and args.adapt_bn:
-            adapt_bn(model, images.at(stamp["sizes"][0]), device, stamp["precision"], batch_size, args.workers)
-        embedded = embed_shared(model, images, device, stamp["precision"], batch_size, args.workers, name, stamp["sizes"])
+            adapt_bn(model, images, device, stamp["precision"], batch_size, args.workers)
+        pieces = folder / ".extract" / f"{split}{place()[0]}"
+        embedded = embed_shared(model, images, device, stamp["precision"], batch_size, args.workers, name, stamp["sizes"],
+                                store=lambda size, pieces=pieces: Store(pieces / str(size), key))
         if first:
             save_npy(folder / f"{split}.npy", embedded)
     if first:
         save_npy(folder / "head.npy", model.head.weight.detach().float().cpu().numpy())
         save_json(stamp_file, stamp)
+        shutil.rmtree(folder / ".extract", ignore_errors=True)
     seconds, count = time.time() - start, sum(len(files) for _, files in rows.values())
     print(f"{folder}: {count} images in {duration(seconds)}, {count / seconds:.0f} images/s at "
           f"{' + '.join(map(str, stamp['sizes']))} px, "
@@ -289,9 +312,10 @@ def main():
             folder = run_folder(args.output, args.arch, args.fold)
             with lock(folder):
                 on_first(import_weights, args, folder, train)
+        cache = Cache(args)
         for folder in on_first(finished_runs, args.output, args.arch, args.fold):
             with lock(folder):
-                extract(folder, args, train, test, device, first)
+                extract(folder, args, train, test, device, first, cache)
 
 
 if __name__ == "__main__":

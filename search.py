@@ -11,9 +11,8 @@ with |q| = 1, |g'| <= 1 + |s|, |r| and |s| measured. Sums of D products in float
 """
 
 import warnings
-from pathlib import Path
 
-from utils import InputError, load_json, on_first, pick_precision, progress, save_json
+from utils import InputError, Store, on_first, pick_precision, progress
 
 import numpy as np
 import torch
@@ -350,7 +349,7 @@ def topk(queries, gallery, k, exclude=None, device="cpu", screen="auto", memory=
     exclude = np.full(n, -1) if exclude is None else np.asarray(exclude)
     k = max(0, min(k, m - bool((exclude >= 0).any())))
     store = store or Store()
-    similarity, index, first = store.open(n, k)
+    similarity, index, first = store.open(similarity=(np.float32, (n, k)), index=(np.int64, (n, k)))
     first = on_first(lambda: first)  # the first process keeps the result, the others go where it stands
     if k:
         device = torch.device(device)
@@ -364,30 +363,3 @@ def topk(queries, gallery, k, exclude=None, device="cpu", screen="auto", memory=
                 store.done(part.stop)
                 bar.update(part.stop - part.start)
     return similarity, index
-
-
-class Store:
-    """Where topk keeps its result: in memory, or with a folder on disk, where an interrupted search goes on. `key` names
-    the search (its inputs and settings); what another search left in the folder is thrown away."""
-
-    def __init__(self, folder=None, key=""):
-        self.folder, self.key = folder and Path(folder), key
-
-    def open(self, n, k):
-        """(similarity [n, k], index [n, k], number of queries done)."""
-        if self.folder is None:
-            return np.empty((n, k), np.float32), np.empty((n, k), np.int64), 0
-        self.folder.mkdir(parents=True, exist_ok=True)
-        state = self.folder / "state.json"
-        first = load_json(state)["done"] if state.exists() and load_json(state)["key"] == self.key else 0
-        if not first:
-            state.unlink(missing_ok=True)
-        self.arrays = [np.lib.format.open_memmap(self.folder / f"{name}.npy", "r+" if first else "w+", kind, (n, k))
-                       for name, kind in [("similarity", np.float32), ("index", np.int64)]]
-        return *self.arrays, first
-
-    def done(self, count):
-        if self.folder is not None:
-            for array in self.arrays:
-                array.flush()
-            save_json(self.folder / "state.json", {"key": self.key, "done": count})

@@ -47,10 +47,12 @@ from timm.utils import ModelEmaV3
 from timm.utils.agc import adaptive_clip_grad
 
 from dataset import (
+    Cache,
     EpochSampler,
     Images,
     augmentation,
     augmentation_flags,
+    cache_flags,
     check_augmentation_flags,
     check_images,
     check_test,
@@ -68,7 +70,8 @@ from models import Model, class_weights, join_batch_norm, load_weights, loss_sum
 from search import topk
 
 # Free to change on a resume:
-MACHINE = {"input", "output", "workers", "device", "check", "restart", "eval_batch_size", "folds_only", "tensorboard"}
+MACHINE = {"input", "output", "workers", "device", "check", "restart", "eval_batch_size", "folds_only", "tensorboard", "cache",
+           "cache_size"}
 EVENTS = "events.out.tfevents.log"  # TensorBoard knows its files by the middle of the name
 HINT = ("the checkpoint of the last finished epoch is kept. Try a lower --lr, --clip norm:5 (NFNets: agc:0.01), or "
         "--precision fp32, with --restart")
@@ -122,6 +125,7 @@ def parse_args():
     add("--eval-batch-size", type=int, default=64, help="images a batch in validation (default 64)")
     add("--seed", type=int, default=9999, help="of folds, weights, order and augmentation (default 9999)")
     add("--workers", type=int, default=default_workers(), help="loader processes (default min(8, cores - 1))")
+    cache_flags(parser)
     add("--check", action="store_true", help="decode every image before training, not only read its header")
     add("--tensorboard", action="store_true", help="keep log.csv for TensorBoard, too (pip install tensorboard; "
         "tensorboard --logdir output)")
@@ -357,9 +361,11 @@ def fit(folder, args, recorded, train, fold, device):
     seen = np.append(inside, np.arange(len(train), len(paths)))
     stamp = train_fingerprint(pd.DataFrame({"path": paths, "label": truth}))
     augment = augmentation(args)
+    cache = Cache(args)
+    cache.add(args.input, paths, [args.size, *args.test_size], args.resize)
 
     def images(rows, augment=None):
-        return Images(args.input, paths[rows], truth[rows], args.size, args.resize, augment, args.seed)
+        return Images(args.input, paths[rows], truth[rows], args.size, args.resize, augment, args.seed, cache)
 
     sampler = EpochSampler(len(seen), args.seed, args.batch_size, args.grad_accum)
     loader = make_loader(images(seen, augment), sampler, args.workers, device)

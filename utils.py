@@ -285,6 +285,33 @@ def load_npy(path, shape=None):
     return array
 
 
+class Store:
+    """Arrays that are filled from the top: in memory, or with a folder on disk, where an interrupted job goes on. `key` names
+    the job (its inputs and settings); what another job left in the folder is thrown away."""
+
+    def __init__(self, folder=None, key=""):
+        self.folder, self.key, self.arrays = folder and Path(folder), key, []
+
+    def open(self, **arrays):
+        """name=(dtype, shape) of each array. Returns the arrays in this order, and last the number of rows done."""
+        if self.folder is None:
+            return *(np.empty(shape, kind) for kind, shape in arrays.values()), 0
+        self.folder.mkdir(parents=True, exist_ok=True)
+        state = self.folder / "state.json"
+        first = load_json(state)["done"] if state.exists() and load_json(state)["key"] == self.key else 0
+        if not first:
+            state.unlink(missing_ok=True)
+        self.arrays = [np.lib.format.open_memmap(self.folder / f"{name}.npy", "r+" if first else "w+", kind, shape)
+                       for name, (kind, shape) in arrays.items()]
+        return *self.arrays, first
+
+    def done(self, count):
+        if self.folder is not None:
+            for array in self.arrays:
+                array.flush()
+            save_json(self.folder / "state.json", {"key": self.key, "done": count})
+
+
 def save_checkpoint(path, value):
     with atomic(path) as temporary:
         torch.save(value, temporary)

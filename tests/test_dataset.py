@@ -1,6 +1,10 @@
 """CSV checks, folds, image reading and augmentation."""
 
 import argparse
+import multiprocessing
+import os
+import shutil
+import signal
 
 from utils import InputError
 
@@ -12,7 +16,9 @@ from conftest import make_data
 from PIL import Image
 from torch.utils.data import DataLoader
 
+import dataset
 from dataset import (
+    Cache,
     EpochSampler,
     Images,
     augmentation,
@@ -21,6 +27,7 @@ from dataset import (
     encode,
     load_folds,
     make_folds,
+    make_loader,
     make_look_folds,
     mix,
     read_image,
@@ -271,3 +278,104 @@ def test_a_bad_image_in_a_worker_is_one_sentence(tmp_path):
     with pytest.raises(InputError) as error:
         list(DataLoader(images, 2, num_workers=1))
     assert "q00.jpg" in str(error.value) and len(str(error.value).splitlines()) == 1
+
+
+@pytest.fixture
+def folder(data, tmp_path):
+    """The data set without what other tests have cached."""
+    return shutil.copytree(data, tmp_path / "d", ignore=shutil.ignore_patterns(".cache"))
+
+
+def make_cache(folder, size=None, on=True):
+    return Cache(argparse.Namespace(input=str(folder), output=str(folder / "o"), cache=on, cache_size=size))
+
+
+def filled(folder, names, sizes=(32,), how="squash", part=""):
+    cache = make_cache(folder)
+    cache.add(folder / part, names, sizes, how)
+    return cache
+
+
+def equal(a, b):
+    return len(a) == len(b) and all(torch.equal(a[i][0], b[i][0]) for i in range(len(a)))
+
+
+def test_cached_images_equal_decoded_ones_bit_for_bit(folder):
+    names, test = read_train(folder)["path"], read_test(folder)["filename"]
+    for how, sizes in (("squash", (32, 51)), ("pad", (20,))):
+        cache = filled(folder, names[3:], sizes, how)
+        for size, steps in ((s, a) for s in sizes for a in (None, augment())):
+            plain = Images(folder, names, [0] * len(names), size, how, steps)
+            kept = Images(folder, names, [0] * len(names), sizes[0], how, steps, cache=cache).at(size)
+            assert (kept.rows >= 0).sum() == len(names) - 3 and equal(plain, kept)
+    loaded = torch.cat([batch for batch, _ in make_loader(kept, 5, 2, torch.device("cpu"))])
+    assert torch.equal(loaded, torch.stack([plain[i][0] for i in range(len(plain))]))
+    cache = filled(folder, test, part="test")
+    pair = [Images(base, names, [0] * 12, 32, cache=c) for base, names, c in
+            ((folder / "test", test, None), (folder, "test/" + test, cache))]
+    assert (pair[1].rows >= 0).all() and equal(*pair), "a file is known by whatever folder it is named from"
+    assert (folder / ".cache" / ".gitignore").read_text() == "*\n"
+
+
+def test_a_changed_file_is_decoded_anew_and_nothing_else(folder, monkeypatch, capsys):
+    names, decoded = read_train(folder)["path"], []
+    filled(folder, names)
+    before = Images(folder, names, [0] * 24, 32, cache=filled(folder, names))
+    old = before[5][0]
+    monkeypatch.setattr(dataset, "load_image", lambda *a, load=dataset.load_image: decoded.append(a) or load(*a))
+    assert capsys.readouterr().out.count("decoding 24 images at 32 px, 0.0 GB") == 1
+    cv2.imencode(".png", np.full((40, 40, 3), 77, np.uint8))[1].tofile(folder / names[5])
+    (folder / names[7]).touch()
+    after = Images(folder, names, [0] * 24, 32, cache=filled(folder, names))
+    assert len(decoded) == 2 and (after[5][0] == 77).all() and equal(after, Images(folder, names, [0] * 24, 32))
+    assert torch.equal(before[5][0], old), "who has begun with the old image goes on with it"
+
+
+def test_no_cache_where_there_is_no_room_or_no_wish(folder, capsys):
+    names = read_train(folder)["path"]
+    for cache, said in ((make_cache(folder, on=False), ""), (make_cache(folder, 7e-5), "no cache of 24 images at 32 px")):
+        cache.add(folder, names, [32], "squash")
+        assert said in capsys.readouterr().out and not (folder / ".cache" / "32-squash.u8").exists()
+        assert equal(Images(folder, names, [0] * 24, 32, cache=cache), Images(folder, names, [0] * 24, 32))
+    cache = make_cache(folder, 7.4e-5)
+    cache.add(folder, names, [32, 16], "squash")
+    assert len(cache.found[32, "squash"]) == 24 and "no cache of 24 images at 16 px" in capsys.readouterr().out
+
+
+def in_process(*args):
+    process = multiprocessing.get_context("fork").Process(target=filled, args=args)
+    process.start()
+    return process
+
+
+def test_two_builders_at_once_decode_once(folder, monkeypatch):
+    names, log = read_train(folder)["path"], folder / "log"
+    monkeypatch.setattr(dataset, "load_image", lambda path, *a, load=dataset.load_image: (
+        os.write(os.open(log, os.O_APPEND | os.O_CREAT | os.O_WRONLY), b"."), load(path, *a))[1])
+    both = [in_process(folder, names) for _ in range(2)]
+    assert [process.join(60) or process.exitcode for process in both] == [0, 0] and log.stat().st_size == 24
+    assert equal(Images(folder, names, [0] * 24, 32, cache=filled(folder, names)), Images(folder, names, [0] * 24, 32))
+
+
+def test_a_builder_that_is_killed_leaves_what_was_whole(folder, monkeypatch):
+    names, index = read_train(folder)["path"], folder / ".cache" / "32-squash.json"
+
+    def killed(path, *args, load=dataset.load_image):
+        if path == folder / names[20]:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return load(path, *args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(dataset, "load_image", killed)
+        for known in (names[:0], names[:12]):  # nothing was there before; something was
+            if len(known):
+                filled(folder, known)
+            before = index.read_bytes() if index.exists() else None
+            process = in_process(folder, names)
+            process.join(60)
+            assert process.exitcode == -signal.SIGKILL and before == (index.read_bytes() if index.exists() else None)
+    with open(index.with_suffix(".u8"), "ab") as file:
+        file.write(b"half an image")
+    assert equal(Images(folder, names, [0] * 24, 32, cache=filled(folder, names)), Images(folder, names, [0] * 24, 32))
+    os.truncate(index.with_suffix(".u8"), 5000)
+    assert equal(Images(folder, names, [0] * 24, 32, cache=filled(folder, names)), Images(folder, names, [0] * 24, 32))

@@ -234,6 +234,49 @@ def test_extract_skips_what_is_up_to_date_and_redoes_what_is_not(data, output, t
     assert "images/s" in said and (run / "train.npy").read_bytes() == before
 
 
+KILLED = """
+import os, signal, sys
+sys.path.insert(0, sys.argv.pop(1))
+import extract, utils
+done, count = utils.Store.done, int(sys.argv.pop(1))
+def kill(self, rows):
+    global count
+    done(self, rows)
+    count -= 1
+    if not count:
+        os.kill(os.getpid(), signal.SIGKILL)
+utils.Store.done, extract.SAVE = kill, 0
+utils.run(extract.main)
+"""
+
+
+def test_extraction_killed_inside_a_pass_goes_on_there(data, output, tmp_path):
+    """SIGKILL after two of the three batches of training images, then in the test images: the same bytes as undisturbed."""
+    shutil.copytree(output, tmp_path / "o")
+    run = tmp_path / "o" / "test_nfnet" / "fold1"
+    flags = ["--input", data, "--output", tmp_path / "o", "--arch", "test_nfnet", "--precision", "fp32", "--batch-size", "8",
+             "--workers", "0"]
+    (run / "extract.json").unlink()
+    script("extract.py", *flags)
+    undisturbed = [(run / f"{name}.npy").read_bytes() for name in ("train", "test")]
+    (run / "extract.json").unlink()
+    for count, part, rows in ((2, "train", 16), (2, "test", 8)):
+        died = subprocess.run([sys.executable, "-c", KILLED, ROOT, str(count), *map(str, flags)])
+        assert died.returncode == -signal.SIGKILL
+        assert json.loads((run / ".extract" / f"{part}-32" / "state.json").read_text())["done"] == rows
+    shutil.copytree(tmp_path / "o", tmp_path / "marked")
+    script("extract.py", *flags)
+    assert [(run / f"{name}.npy").read_bytes() for name in ("train", "test")] == undisturbed and not (run / ".extract").exists()
+    run = tmp_path / "marked" / "test_nfnet" / "fold1"
+    for part in ("train", "test"):
+        np.load(run / ".extract" / f"{part}-32" / "embedding.npy", mmap_mode="r+")[0] = 7
+    flags[3] = tmp_path / "marked"
+    script("extract.py", *flags)
+    for part, before in zip(("train", "test"), undisturbed, strict=True):
+        found = np.load(run / f"{part}.npy")
+        assert (found[0] == 7).all() and found[1:].tobytes() == before[-found[1:].nbytes:], "nothing is computed twice"
+
+
 def test_embeddings_are_the_flip_average(data, output):
     from dataset import Images, read_train
     from models import build
