@@ -152,7 +152,7 @@ def test_pseudo_labels_are_the_confident_ones(tmp_path):
     file = tmp_path / "confidence.csv"
     file.write_text("filename,prediction,confidence\na.jpg,x,0.95\nb.jpg,y,0.5\nc.jpg,y,0.9\n")
     assert read_pseudo(file, 0.9, ["x", "y"])[["filename", "number"]].values.tolist() == [["a.jpg", 0], ["c.jpg", 1]]
-    with pytest.raises(InputError, match="row 3"):
+    with pytest.raises(InputError, match="row 4"):
         read_pseudo(file, 0.9, ["x"])
 
 
