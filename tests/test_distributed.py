@@ -14,16 +14,19 @@ import pandas as pd
 import pytest
 import torch
 from conftest import ROOT, TINY, make_data, script
-from ranks import keep_first_epoch
+from ranks import NORMS, keep_first_epoch, pass_through
 
-TOLERANCE = 1e-3  # of the way that the weights went
+# How far two processes' weights may be from those of one, as a share of the way that training moved them. The sums of float32
+# are in another order: after the last of 20 batch norms the features of test_efficientnet are off float64's by 7e-6 (one
+# process) and 3e-6 (two). A PReLU whose input is as near to 0 takes its other slope, and a gradient then moves by 0.5 %.
+TOLERANCE = {"test_efficientnet": 0.05, "test_nfnet": 1e-3}
 # Batches of 7 images, shared 4 and 3, through batch norm; and of 6 in two parts, shared 2 and 1 each, with clipping.
 NETS = {"test_efficientnet": ["--size", 64, "--batch-size", 7, "--ema", 0.5, "--fold-by", "look"],
         "test_nfnet": ["--batch-size", 6, "--grad-accum", 2, "--clip", "agc:0.01", "--head-first", 1]}
 
 
 def command(data, output, arch):
-    return ["train.py", "--arch", arch, "--fold", 0, "--input", data, "--output", output, *TINY, "--epochs", 2, "--lr", 0.01,
+    return ["train.py", "--arch", arch, "--fold", 0, "--input", data, "--output", output, *TINY, "--epochs", 2, "--lr", 0.001,
             *NETS[arch]]
 
 
@@ -43,7 +46,8 @@ def two_processes(commands):
             free.bind(("127.0.0.1", 0))
             ports.append(free.getsockname()[1])
     work = json.dumps(list(zip(ports, commands, strict=True)), default=str)
-    group = {**os.environ, "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "OMP_NUM_THREADS": "1"}
+    group = {**os.environ, "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "OMP_NUM_THREADS": "1",
+             "PYTHONPATH": str(ROOT)}
     both = [subprocess.Popen([sys.executable, ROOT / "tests/ranks.py", work], cwd=ROOT, stderr=subprocess.PIPE, text=True,
                              env=group | {"RANK": str(rank), "LOCAL_RANK": str(rank)}) for rank in range(2)]
     said = [process.communicate()[1] for process in both]
@@ -62,7 +66,8 @@ def runs(data, output, tmp_path_factory):
     stopped_after_first_epoch(where["one"] / "test_efficientnet/fold0", where["one_two"])
     shutil.copytree(output, where["extracted"])
     extract = ["extract.py", "--input", data, "--output", where["extracted"], "--batch-size", 5, "--precision", "fp32"]
-    two_processes([*(command(data, where["two"], arch) for arch in NETS),
+    where["norms"] = base
+    two_processes([["batch norms", base], *(command(data, where["two"], arch) for arch in NETS),
                    command(data, where["one_two"], "test_efficientnet"), extract + ["--workers", 1, "--test-size", 32, 40]])
     stopped_after_first_epoch(where["two"] / "test_efficientnet/fold0", where["two_one"])
     script(*command(data, where["two_one"], "test_efficientnet"))
@@ -76,20 +81,29 @@ def load(folder, arch, name="last.pt"):
 @pytest.mark.parametrize("name, arch", [("two", "test_efficientnet"), ("two", "test_nfnet"), ("one_two", "test_efficientnet"),
                                         ("two_one", "test_efficientnet")])
 def test_two_processes_train_what_one_does(runs, name, arch):
-    """Float32 sums in another order, and nothing else. So differ two runs of one process with other vector instructions
-    as well (AVX2 for AVX-512)."""
     one, other = load(runs["one"], arch), load(runs[name], arch)
     before = load(runs["one"], arch, "epoch1.pt")
     for part in ("model", "ema"):
-        if one[part]:
-            step, off = (sum((a[key].double() - b[key].double()).square().sum() for key in a).sqrt()
-                         for a, b in [(one[part], before[part]), (one[part], other[part])])
-            assert off < TOLERANCE * step, (part, off / step)
+        learned = [key for key in one[part] or () if "running" not in key and "num_batches" not in key]
+        step, off = (sum((a[part][key] - b[part][key]).double().square().sum() for key in learned)
+                     for a, b in [(one, before), (one, other)])
+        assert not learned or off < TOLERANCE[arch] ** 2 * step, (part, (off / step) ** 0.5)
     logs = [pd.read_csv(folder / arch / "fold0" / "log.csv").drop(columns=["images_per_s", "seconds"])
             for folder in (runs["one"], runs[name])]
-    pd.testing.assert_frame_equal(*logs, rtol=1e-4)
+    pd.testing.assert_frame_equal(*logs, rtol=1e-3)
     assert one["model"].keys() == other["model"].keys() and one["epoch"] == other["epoch"]
     assert (runs["one"] / "folds.csv").read_bytes() == (runs[name] / "folds.csv").read_bytes()
+
+
+@pytest.mark.parametrize("name", NORMS)
+def test_joint_batch_norm_is_batch_norm_of_the_whole_batch(runs, name):
+    whole = pass_through(NORMS[name](), slice(0, 7))
+    shares = [torch.load(runs["norms"] / f"{name}.{rank}.pt") for rank in range(2)]
+    y, x_grad = (torch.cat([share[i] for share in shares]) for i in (0, 1))
+    weight_grad, bias_grad = (shares[0][i] + shares[1][i] for i in (2, 3))
+    for got, expected in zip([y, x_grad, weight_grad, bias_grad, *shares[0][4:]], whole, strict=True):
+        assert torch.allclose(got, expected, rtol=1e-5, atol=2e-5)
+    assert all(torch.equal(a, b) for a, b in zip(shares[0][4:], shares[1][4:], strict=True))
 
 
 def test_two_processes_extract_what_one_does(runs, data, output, tmp_path):
