@@ -263,13 +263,13 @@ def test_extraction_killed_inside_a_pass_goes_on_there(data, output, tmp_path):
     for count, part, rows in ((2, "train", 16), (2, "test", 8)):
         died = subprocess.run([sys.executable, "-c", KILLED, ROOT, str(count), *map(str, flags)])
         assert died.returncode == -signal.SIGKILL
-        assert json.loads((run / ".extract" / f"{part}-32" / "state.json").read_text())["done"] == rows
+        assert json.loads((run / ".extract" / f"{part}0" / "32" / "state.json").read_text())["done"] == rows
     shutil.copytree(tmp_path / "o", tmp_path / "marked")
     script("extract.py", *flags)
     assert [(run / f"{name}.npy").read_bytes() for name in ("train", "test")] == undisturbed and not (run / ".extract").exists()
     run = tmp_path / "marked" / "test_nfnet" / "fold1"
     for part in ("train", "test"):
-        np.load(run / ".extract" / f"{part}-32" / "embedding.npy", mmap_mode="r+")[0] = 7
+        np.load(run / ".extract" / f"{part}0" / "32" / "embedding.npy", mmap_mode="r+")[0] = 7
     flags[3] = tmp_path / "marked"
     script("extract.py", *flags)
     for part, before in zip(("train", "test"), undisturbed, strict=True):
