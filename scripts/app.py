@@ -13,6 +13,7 @@ import html
 import io
 import ipaddress
 import json
+import socket
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -125,8 +126,9 @@ class Handler(BaseHTTPRequestHandler):
 
     def respond(self, action):
         """Run action(path). What it refuses gets a sentence, and is read to its end, lest the sentence get lost on the way."""
-        length = self.headers.get("Content-Length", "")
-        self.length = int(length) if length.isascii() and length.isdecimal() and len(length) < 16 else None
+        length = self.headers.get("Content-Length", "0")
+        known = length.isascii() and length.isdecimal() and len(length) < 16 and "Transfer-Encoding" not in self.headers
+        self.length = int(length) if known else None
         try:
             host = self.headers.get("Host", "").partition(":")[0]
             if self.server.only and host not in self.server.only:  # a foreign name for this machine: DNS rebinding
@@ -134,7 +136,9 @@ class Handler(BaseHTTPRequestHandler):
             action(self.path.partition("?")[0])
         except Refused as error:
             self.say(error.args[0], {"error": error.args[1]})
-            left = min(self.length or 0, 16 * MOST_BYTES)
+            left = 16 * MOST_BYTES if self.length is None else min(self.length, 16 * MOST_BYTES)
+            if self.length is None:
+                self.connection.shutdown(socket.SHUT_WR)
             while left > 0 and (part := self.rfile.read(min(left, 2**20))):
                 left -= len(part)
 

@@ -21,7 +21,7 @@ class Browser:
                                         stderr=subprocess.DEVNULL)
         os.close(its_read)
         os.close(its_write)
-        self.read, self.write, self.number, self.session, self.errors = open(read, "rb"), open(write, "wb"), 0, {}, []
+        self.read, self.write, self.rest, self.number, self.session, self.errors = read, write, b"", 0, {}, []
         target = self.call("Target.createTarget", url="about:blank")["targetId"]
         self.session = {"sessionId": self.call("Target.attachToTarget", targetId=target, flatten=True)["sessionId"]}
         for domain in ("Page", "Runtime", "Log", "DOM"):
@@ -33,21 +33,23 @@ class Browser:
     def __exit__(self, *_):
         self.process.kill()
         self.process.wait()
-        self.read.close()
-        self.write.close()
+        os.close(self.read)
+        os.close(self.write)
+
+    def receive(self):
+        while b"\0" not in self.rest:
+            part = os.read(self.read, 2**20)
+            assert part, "Chromium is gone"
+            self.rest += part
+        message, _, self.rest = self.rest.partition(b"\0")
+        return json.loads(message)
 
     def call(self, method, **parameters):
         self.number += 1
         call = {"id": self.number, "method": method, "params": parameters, **self.session}
-        self.write.write(json.dumps(call).encode() + b"\0")
-        self.write.flush()
+        os.write(self.write, json.dumps(call).encode() + b"\0")
         while True:
-            message = b""
-            while not message.endswith(b"\0"):
-                part = self.read.read(1)
-                assert part, "Chromium is gone"
-                message += part
-            message = json.loads(message[:-1])
+            message = self.receive()
             said = message.get("params", {})
             if (message.get("method") == "Runtime.exceptionThrown" or said.get("type") == "error"
                     or said.get("entry", {}).get("level") == "error"):

@@ -25,16 +25,24 @@ def output(data, output, tmp_path):
 
 
 def test_a_photo_is_labelled_as_in_the_submission(data, output):
-    table = pd.read_csv(output / "confidence.csv", dtype={"filename": str, "prediction": str})
     flags = ["--input", data, "--output", output]
-    said = json.loads(script("scripts/classify.py", data / "test", *flags, "--json").stdout)
-    by_name = {Path(row["photo"]).name: row for row in said}
-    neighbours, paths = np.load(output / "neighbours.npz"), pd.read_csv(data / "train.csv")["path"]
-    for i, row in table.iterrows():
-        mine = by_name[row["filename"]]
-        assert mine["label"] == row["prediction"] and mine["confidence"] == pytest.approx(row["confidence"], abs=2e-3)
-        near = [n["path"] for n in mine["neighbours"]]
-        assert len(near) == 5 and near[0] == paths[neighbours["index"][i, 0]]
+
+    def check():
+        table = pd.read_csv(output / "confidence.csv", dtype={"filename": str, "prediction": str})
+        said = json.loads(script("scripts/classify.py", data / "test", *flags, "--json", "--batch-size", 5).stdout)
+        by_name = {Path(row["photo"]).name: row for row in said}
+        neighbours, paths = np.load(output / "neighbours.npz"), pd.read_csv(data / "train.csv")["path"]
+        for i, row in table.iterrows():
+            mine = by_name[row["filename"]]
+            assert mine["label"] == row["prediction"] and mine["confidence"] == pytest.approx(row["confidence"], abs=2e-3)
+            near = [n["path"] for n in mine["neighbours"]]
+            assert len(near) == 5 and near[0] == paths[neighbours["index"][i, 0]]
+
+    check()
+    script("extract.py", *flags, "--arch", "test_nfnet", "--test-size", 32, 48, "--workers", 1)
+    for name in ("retrieve", "scripts/expect"):
+        script(f"{name}.py", *flags)
+    check()  # runs that see a photograph at other sizes
     one = script("scripts/classify.py", data / "test" / "q00.jpg", *flags, "--k", 2).stdout.splitlines()
     assert len(one) == 3 and "confidence" in one[0]
     sheet = pd.read_csv(io.StringIO(script("scripts/classify.py", data / "test" / "q00.jpg", *flags, "--csv").stdout))
