@@ -7,21 +7,18 @@ import tempfile
 import zipfile
 from pathlib import Path
 
-from utils import InputError, atomic, file_fingerprint, fingerprint
+from utils import InputError, atomic, file_fingerprint, fingerprint, load_json
 
 import numpy as np
 import pandas as pd
-import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 
 from dataset import encode
 from models import EMBEDDING
 from search import Joined, topk
 from votes import blocks
 
-ADDED = "added.npz"  # below output
-NEIGHBOURS = 100  # looked at for the evidence: enough that several classes are among them
+ADDED, LEFT_OUT = "added.npz", "left_out.json"  # below output, by scripts/add_products.py and scripts/leave_out.py
 
 # ---------------------------------------------------------------------------------------------------------- what is in it
 
@@ -86,81 +83,69 @@ def stacked(array, rows, more, folder):
 # ---------------------------------------------------------------------------------------------------------- what is not
 
 
-def class_best(similarity, label, classes):
-    """Best similarity of each class among the NEIGHBOURS nearest of the pairs [n, K] -> float32 [n, C]; a class without one
-    there gets the least. Pairs at -inf do not count."""
-    order = np.argsort(-similarity, 1, kind="stable")[:, :NEIGHBOURS]
-    near, which = np.take_along_axis(similarity, order, 1), np.take_along_axis(label, order, 1)
-    least = np.where(np.isfinite(near), near, np.inf).min(1, keepdims=True)
-    best = torch.from_numpy(least).repeat(1, classes)
-    return best.scatter_reduce(1, torch.from_numpy(which), torch.from_numpy(near), "amax").numpy()
+def nearest_stranger(arrays, rows, gallery, own, labels, device):
+    """Similarity of the `rows` of the arrays [N, D] to the nearest gallery row of another label, float32 [n]. own [n], labels
+    [m]: class numbers."""
+    best, todo, k = np.full(len(rows), -1.0, np.float32), np.arange(len(rows)), 64
+    while len(todo):
+        similarity, index = topk(Joined(arrays, rows[todo]), gallery, k, device=device)
+        other = labels[index] != own[todo, None]
+        first, found = other.argmax(1), other.any(1)
+        best[todo] = np.take_along_axis(similarity, first[:, None], 1)[:, 0]
+        todo, k = todo[~found], k * 8
+    return best
 
 
-def held_out(arrays, rows, labels, looks, classes, device):
-    """Best class similarities of the held-out `rows` by runs that did not train on them, arrays [N, D]: against all other
-    images, and against all but those of the image's own look: two float32 [n, C]."""
-    alike = int(np.bincount(looks).max())
-    similarity, index = topk(Joined(arrays, rows), Joined(arrays), NEIGHBOURS + alike, rows, device)
-    other = np.where(looks[index] == looks[rows, None], np.float32(-np.inf), similarity)
-    return tuple(class_best(part, labels[index], classes) for part in (similarity, other))
+def strangers(runs, grown, fold, own, numbers, output, device):
+    """What photographs of products that are not in the gallery look like to each fold's runs: {fold: similarities to the
+    nearest gallery image, ascending}, of the images that these runs held out, each with its product taken out of the gallery.
 
-
-def fit_sharpness(best, truth):
-    """The factor b for which softmax(b * best) [n, C] gives the true classes [n] the highest likelihood."""
-    log = torch.tensor(3.0, dtype=torch.float64, requires_grad=True)
-    best, truth = torch.from_numpy(best).double(), torch.from_numpy(truth)
-    optimiser = torch.optim.LBFGS([log], max_iter=50, line_search_fn="strong_wolfe")
-
-    def loss():
-        optimiser.zero_grad()
-        value = F.cross_entropy(best * log.exp(), truth)
-        value.backward()
-        return value
-
-    optimiser.step(loss)
-    return log.exp().item()
-
-
-def log_odds(best, sharpness, said=None):
-    """Log odds of the class `said` [n] (default: the best) against all others if they compete by
-    softmax(sharpness * similarity), [n, C] -> [n]."""
-    score = torch.from_numpy(best * np.float32(sharpness))
-    at = score.argmax(1, keepdim=True) if said is None else torch.from_numpy(said)[:, None]
-    return (score.gather(1, at)[:, 0] - score.scatter(1, at, -torch.inf).logsumexp(1)).numpy()
-
-
-def strangers(runs, fold, labels, output, device):
-    """What photographs of products that are not in the gallery look like to each fold's runs: (sharpness of the evidence,
-    {fold: log odds, ascending}), the evidence of the images of train.csv that these runs held out, each with its product taken
-    out of the gallery. Kept in output/strangers.npz, since scripts/classify.py is to be fast."""
-    file, key = Path(output) / "strangers.npz", fingerprint([[json.dumps(r["stamp"]) for r in runs]])
+    own [N], numbers [m]: class numbers of train.csv's rows and of the gallery's. Kept in output/strangers.npz, since
+    scripts/classify.py is to be fast."""
+    file, key = Path(output) / "strangers.npz", fingerprint([[json.dumps(r["stamp"]) for r in grown]])
     if file.exists():
         with np.load(file, allow_pickle=False) as arrays:
             if arrays["key"] == key:
-                return float(arrays["sharpness"]), {k: arrays[k] for k in arrays["folds"]}
-    held, best = [], {}
+                return {name: arrays[name] for name in arrays.files if name != "key"}
+    found = {}
     for k in range(fold.max() + 1):
-        arrays, rows = [r["train"] for r in runs if r["fold"] == str(k)], np.flatnonzero(fold == k)
-        if arrays and len(rows):
-            known, best[str(k)] = held_out(arrays, rows, labels, labels, labels.max() + 1, device)
-            held.append((known, labels[rows]))
-    sharpness = fit_sharpness(*(np.concatenate(parts) for parts in zip(*held, strict=True)))
-    found = {k: np.sort(log_odds(strange, sharpness)) for k, strange in best.items()}
+        out, rows = [i for i, r in enumerate(runs) if r["fold"] == str(k)], np.flatnonzero(fold == k)
+        if out and len(rows):
+            gallery = Joined([grown[i]["train"] for i in out])
+            near = nearest_stranger([runs[i]["train"] for i in out], rows, gallery, own[rows], numbers, device)
+            found[str(k)] = np.sort(near)
     if not dist.is_initialized() or dist.get_rank() == 0:
         with atomic(file) as temporary, open(temporary, "wb") as opened:
-            np.savez(opened, key=key, sharpness=sharpness, folds=list(found), **found)
-    return sharpness, found
+            np.savez(opened, key=key, **found)
+    return found
 
 
-def strangeness(runs, numbers, sharpness, found, device):
-    """How likely a photograph of a product that is not in the gallery looks as much like one of the products as a test image
-    does, [n]: a p-value, the share of the strangers found whose evidence is as high, each fold's compared by its own runs.
-    numbers [m]: class numbers of the gallery. Source: Vovk, Cross-conformal predictors, Annals of Mathematics and Artificial
-    Intelligence 2015."""
+def strangeness(runs, found, device):
+    """How likely a photograph of a product that is not in the gallery is as similar to it as a test image is, [n]: a p-value,
+    the share of the `strangers` found that are, those of each fold compared by its own runs.
+    Sources: the nearest similarity, Sun et al., Out-of-distribution detection with deep nearest neighbors, ICML 2022; the ranks
+    over folds, Vovk, Cross-conformal predictors, Annals of Mathematics and Artificial Intelligence 2015."""
     count = np.ones(len(runs[0]["test"]))
-    for k, evidence in found.items():
+    for k, near in found.items():
         out = [r for r in runs if r["fold"] == k]
-        similarity, index = topk(*(Joined([r[split] for r in out]) for split in ("test", "train")), NEIGHBOURS, device=device)
-        best = class_best(similarity, numbers[index], numbers.max() + 1)
-        count += len(evidence) - np.searchsorted(evidence, log_odds(best, sharpness))
+        best = topk(Joined([r["test"] for r in out]), Joined([r["train"] for r in out]), 1, device=device)[0][:, 0]
+        count += len(near) - np.searchsorted(near, best)
     return count / (1 + sum(map(len, found.values())))
+
+
+def left_out(output):
+    """The strangeness of products that no run trained on, by scripts/leave_out.py; None where it did not run, or for runs of
+    another recipe."""
+    file = Path(output) / LEFT_OUT
+    if not file.exists():
+        return None
+    left = load_json(file)
+    recorded = {name: Path(output) / name / "args.json" for name in left["recipes"]}
+    same = all(path.exists() and load_json(path) == left["recipes"][name] for name, path in recorded.items())
+    return np.array(left["strangeness"]) if same else None
+
+
+def ranks(strange, unseen):
+    """The p-values of strangeness [n] made true for products that no run trained on: their ranks among the `unseen` ones of
+    such products. As they are they are too low, for the runs trained on the products of the `strangers` and keep them apart."""
+    return (1 + np.searchsorted(np.sort(unseen), strange, "right")) / (1 + len(unseen))

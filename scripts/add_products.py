@@ -122,7 +122,7 @@ def main():
     device, train, file = pick_device(args.device), read_train(args.input), Path(args.output) / ADDED
     new = read_new(args.csv, args.input) if args.csv else None
     with lock(args.output):
-        before = load_added(args.output)
+        before, was = load_added(args.output), grow([], args.output, train)[1]
         after = change(before, new, train, load_runs(args.output, None, train, None), args, device)
         if all(np.array_equal(before[name], after[name]) for name in after):
             print(f"nothing to do: {'no added images' if new is None else f'all {len(new)} images are in the gallery already'}")
@@ -133,11 +133,10 @@ def main():
                 np.savez(opened, **after)
         else:
             file.unlink()
-    fresh = (~np.isin(after["content"], before["content"])).sum()
-    gallery = grow([], args.output, train)[1]
+    gallery, fresh = grow([], args.output, train)[1], (~np.isin(after["content"], before["content"])).sum()
     skipped = f" ({len(new) - fresh} were there already)" if new is not None and len(new) > fresh else ""
-    print(f"{fresh} images added{skipped}; the gallery is now {len(gallery)} images of {gallery['label'].nunique()} labels, "
-          f"{len(after['path'])} of the images added ones. retrieve.py and the scripts see them from now on")
+    print(f"{fresh} images added{skipped}, {len(was) + fresh - len(gallery)} taken out; the gallery is now {len(gallery)} "
+          f"images of {gallery['label'].nunique()} labels. retrieve.py and the scripts that label see it from now on")
 
 
 if __name__ == "__main__":

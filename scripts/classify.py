@@ -1,8 +1,8 @@
 """Label photographs by the finished runs: label, confidence, nearest training images.
 
 Reads  PHOTO ... (files, or folders with all images below them); input/train.csv, best.pt and train.npy of the runs,
-       output/expected.json (by scripts/expect.py: without it there is no confidence);
-       output/added.npz (by scripts/add_products.py); to reject, output/folds.csv
+       output/expected.json (by scripts/expect.py: without it there is no confidence); output/added.npz and, to reject, the
+       files that retrieve.py --reject reads
 Writes a table, --csv or --json to stdout
 
     python scripts/classify.py photo.jpg
@@ -30,10 +30,10 @@ from utils import (
 
 import numpy as np
 import torch
-from expect import probability
+from expect import NEIGHBOURS, class_best, probability
 from torch.utils.data import Dataset
 
-from catalogue import NEIGHBOURS, class_best, grow
+from catalogue import grow
 from dataset import SUFFIXES, check_images, default_workers, encode, make_loader, read_image, read_train, resize
 from extract import embed_pass, load_model
 from models import Model

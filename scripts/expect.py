@@ -22,16 +22,19 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from utils import InputError, accuracy, atomic, load_json, pick_device, run, save_json, script_parser
 
 import numpy as np
+import torch
+import torch.nn.functional as F
 from scipy.special import expit
 from sklearn.isotonic import IsotonicRegression
 from sklearn.linear_model import LogisticRegression
 from sklearn.model_selection import StratifiedKFold, cross_val_score
 
-from catalogue import NEIGHBOURS, class_best, fit_sharpness, grow, held_out, log_odds
+from catalogue import grow
 from dataset import encode, folds_by, load_folds, make_look_folds, read_csv, read_solution, read_test, read_train
 from retrieve import UNKNOWN, load_runs
 from search import Joined, topk
 
+NEIGHBOURS = 100  # looked at for the evidence: enough that several classes are among them
 LEAST_ERROR = 0.05  # half the interval at least, by the errors measured; see the README
 
 
@@ -49,6 +52,25 @@ def parse_args():
 
 
 # ------------------------------------------------------------------------------------------------------------- evidence
+
+
+def class_best(similarity, label, classes):
+    """Best similarity of each class among the NEIGHBOURS nearest of the pairs [n, K] -> float32 [n, C]; a class without one
+    there gets the least. Pairs at -inf do not count."""
+    order = np.argsort(-similarity, 1, kind="stable")[:, :NEIGHBOURS]
+    near, which = np.take_along_axis(similarity, order, 1), np.take_along_axis(label, order, 1)
+    least = np.where(np.isfinite(near), near, np.inf).min(1, keepdims=True)
+    best = torch.from_numpy(least).repeat(1, classes)
+    return best.scatter_reduce(1, torch.from_numpy(which), torch.from_numpy(near), "amax").numpy()
+
+
+def held_out(arrays, rows, labels, looks, classes, device):
+    """Best class similarities of the held-out `rows` by runs that did not train on them, arrays [N, D]: against all other
+    images, and against all but those of the image's own look: two float32 [n, C]."""
+    alike = int(np.bincount(looks).max())
+    similarity, index = topk(Joined(arrays, rows), Joined(arrays), NEIGHBOURS + alike, rows, device)
+    other = np.where(looks[index] == looks[rows, None], np.float32(-np.inf), similarity)
+    return tuple(class_best(part, labels[index], classes) for part in (similarity, other))
 
 
 def own_looks(arrays, labels, part, looks, seed):
@@ -73,6 +95,30 @@ def out_of_fold(runs, fold, part, labels, classes, args, device):
             looks = own_looks(arrays, labels, part, args.looks, args.seed)
             found.append((rows, *held_out(arrays, rows, labels, looks, classes, device)))
     return [np.concatenate(parts) for parts in zip(*found, strict=True)]
+
+
+def fit_sharpness(best, truth):
+    """The factor b for which softmax(b * best) [n, C] gives the true classes [n] the highest likelihood."""
+    log = torch.tensor(3.0, dtype=torch.float64, requires_grad=True)
+    best, truth = torch.from_numpy(best).double(), torch.from_numpy(truth)
+    optimiser = torch.optim.LBFGS([log], max_iter=50, line_search_fn="strong_wolfe")
+
+    def loss():
+        optimiser.zero_grad()
+        value = F.cross_entropy(best * log.exp(), truth)
+        value.backward()
+        return value
+
+    optimiser.step(loss)
+    return log.exp().item()
+
+
+def log_odds(best, sharpness, said=None):
+    """Log odds of the class `said` [n] (default: the best) against all others if they compete by
+    softmax(sharpness * similarity), [n, C] -> [n]."""
+    score = torch.from_numpy(best * np.float32(sharpness))
+    at = score.argmax(1, keepdim=True) if said is None else torch.from_numpy(said)[:, None]
+    return (score.gather(1, at)[:, 0] - score.scatter(1, at, -torch.inf).logsumexp(1)).numpy()
 
 
 def calibrate(best, truth, said=None):

@@ -48,7 +48,8 @@ def test_a_new_product_is_found_and_its_removal_gives_back_the_former_result(dat
     before = results(flags, output)
     assert json.loads(before[-1])[0]["label"] != "näw, striped"
     said = script("scripts/add_products.py", new / "new.csv", *flags).stdout
-    assert "4 images added; the gallery is now 28 images of 5 labels" in said and not (output / "neighbours.npz").exists()
+    assert "4 images added, 0 taken out; the gallery is now 28 images of 5 labels" in said
+    assert not (output / "neighbours.npz").exists(), "they would be those of another gallery"
     grown = results(flags, output)
     row = json.loads(grown[-1])[0]
     assert row["label"] == "näw, striped" and row["neighbours"][0]["path"] == str(new / "striped_0.png")
@@ -59,7 +60,8 @@ def test_a_new_product_is_found_and_its_removal_gives_back_the_former_result(dat
     script("scripts/draw_matches.py", *flags)
     assert "| all 2 runs | test |" in script("scripts/summary.py", *flags, "--ensemble-only").stdout
 
-    script("scripts/add_products.py", "--remove", "näw, striped", *flags)
+    said = script("scripts/add_products.py", "--remove", "näw, striped", *flags).stdout
+    assert "0 images added, 4 taken out; the gallery is now 24 images of 4 labels" in said
     assert not (output / "added.npz").exists() and results(flags, output) == before
 
 
