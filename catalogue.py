@@ -4,10 +4,9 @@ that it lacks look like.
 
 import json
 import tempfile
-import zipfile
 from pathlib import Path
 
-from utils import InputError, atomic, file_fingerprint, fingerprint, load_json
+from utils import InputError, atomic, file_fingerprint, fingerprint, load_json, load_npz
 
 import numpy as np
 import pandas as pd
@@ -31,11 +30,7 @@ def load_added(output):
     if not file.exists():
         texts = ("path", "label", "content", "removed", "runs", "stamps")
         return dict.fromkeys(texts, np.empty(0, dtype=str)) | {"embeddings": np.empty((0, 0, EMBEDDING), np.float32)}
-    try:
-        with np.load(file, allow_pickle=False) as arrays:
-            return dict(arrays)
-    except (ValueError, EOFError, zipfile.BadZipFile) as error:
-        raise InputError(f"{file} is damaged ({error}); delete it and add the products again") from None
+    return load_npz(file, "delete it and add the products again")
 
 
 def embedded_by(run):
@@ -104,9 +99,9 @@ def strangers(runs, grown, fold, own, numbers, output, device):
     scripts/classify.py is to be fast."""
     file, key = Path(output) / "strangers.npz", fingerprint([[json.dumps(r["stamp"]) for r in grown]])
     if file.exists():
-        with np.load(file, allow_pickle=False) as arrays:
-            if arrays["key"] == key:
-                return {name: arrays[name] for name in arrays.files if name != "key"}
+        arrays = load_npz(file, "delete it, it is made anew")
+        if arrays.pop("key", None) == key:
+            return arrays
     found = {}
     for k in range(fold.max() + 1):
         out, rows = [i for i, r in enumerate(runs) if r["fold"] == str(k)], np.flatnonzero(fold == k)

@@ -7,7 +7,9 @@
 
 import argparse
 import copy
+import csv
 import functools
+import io
 import os
 import shutil
 import signal
@@ -17,14 +19,19 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path, PurePosixPath
 
 from utils import (
+    CONTROL,
+    MAX_PIXELS,
     InputError,
     atomic,
+    file_fingerprint,
     fingerprint,
     load_json,
     lock,
     on_first,
     place,
+    printable,
     progress,
+    regular,
     save_json,
     save_text,
     share,
@@ -42,61 +49,113 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from torchvision.transforms import v2
 
 SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff"}  # of images, where a folder is searched for them
+FORMATS = ("JPEG", "PNG", "WEBP", "TIFF", "BMP", "GIF", "PPM", "JPEG2000")  # that OpenCV reads, by Pillow's names
+BAD = ["split", "path", "problem"]  # columns of bad_images.csv
+COLUMNS = 10_000  # of a CSV, at most
 
 # --------------------------------------------------------------------------------------------------------------- tables
 
 
-def read_csv(path, columns):
-    """A CSV as text columns; `columns` must be there, have no empty entry and, the first, no entry twice."""
+def read_csv(path, columns, unique=True):
+    """A CSV as text columns; `columns` must be there, have no empty entry and, if `unique`, the first no entry twice."""
     try:
-        table = pd.read_csv(path, dtype=str, keep_default_na=False, encoding="utf-8-sig")
+        data = Path(regular(path)).read_bytes()
+        if b"\0" in data:  # pandas would end a field there
+            raise ValueError("NUL bytes, as UTF-16 has them")
+        rows = (row for row in csv.reader(io.TextIOWrapper(io.BytesIO(data), "utf-8-sig", newline="")) if row)
+        header, first = next(rows, []), next(rows, [])
+        if len(header) > COLUMNS:
+            raise ValueError(f"{len(header)} columns")
+        more = len(first) > len(header) > 0
+        table = None if more else pd.read_csv(io.BytesIO(data), dtype=str, keep_default_na=False, encoding="utf-8-sig")
     except FileNotFoundError:
         raise InputError(f"{path} is not there; README, 'Your own data', says what goes into it") from None
-    except (ValueError, pd.errors.ParserError) as error:  # not UTF-8, no rows at all, ragged rows
-        raise InputError(f"{path} is no readable CSV in UTF-8: {str(error).strip()}") from None
-    if not isinstance(table.index, pd.RangeIndex):
+    except (ValueError, csv.Error) as error:  # not UTF-8, no rows at all, ragged rows
+        raise InputError(f"{path} is no readable CSV in UTF-8: {str(error).strip()[:200]}; save it anew") from None
+    if more or not isinstance(table.index, pd.RangeIndex):
         raise InputError(f"{path}: its rows have more fields than its header; put text with commas in quotes")
     for column in columns:
         if column not in table.columns:
-            raise InputError(f"{path} has no column {column!r}, only {', '.join(map(repr, table.columns[:9]))}")
+            raise InputError(f"{path} has no column {column!r}, only {', '.join(map(short, table.columns[:9]))}")
         empty = table.index[table[column].str.strip() == ""]
         if len(empty):
             raise InputError(f"{path}, row {empty[0] + 2}: empty {column}; fill it in or delete the row")
+        returns = table.index[table[column].str.contains("\r", regex=False)]  # Python writes them without quotes: a new row
+        if len(returns):
+            raise InputError(f"{path}, row {returns[0] + 2}: a carriage return within the {column}; take it out")
     if table.empty:
         raise InputError(f"{path} has a header but no rows")
     twice = table.index[table[columns[0]].duplicated()]
-    if len(twice):
-        raise InputError(f"{path}, row {twice[0] + 2}: {table[columns[0]][twice[0]]!r} is there twice; keep one")
+    if unique and len(twice):
+        raise InputError(f"{path}, row {twice[0] + 2}: {short(table[columns[0]][twice[0]])} is there twice; keep one")
     return table
 
 
-def inside(table, column, path):
-    """Refuse a path that would leave its folder."""
+def short(text, most=100):
+    """repr of a text, its beginning only where it is long."""
+    return repr(text) if len(text) <= most else f"{text[:most]!r}..."
+
+
+def inside(table, column, path, outside=False):
+    """Refuse a path that would leave its folder, unless `outside`; and control characters, which no photograph's name has."""
     for row, name in enumerate(table[column]):
-        if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts or "\0" in name:
-            raise InputError(f"{path}, row {row + 2}: {name!r} leaves its folder; use a path below it")
+        if not outside and (PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts):
+            raise InputError(f"{path}, row {row + 2}: {short(name)} leaves its folder; use a path below it, or --allow-outside")
+        if CONTROL.search(name):
+            raise InputError(f"{path}, row {row + 2}: {short(name)} has a control character; rename the file")
 
 
-def read_train(folder):
-    """train.csv of `folder`: DataFrame path, label[, group], all text."""
+def read_train(folder, outside=False):
+    """train.csv of `folder`: DataFrame path, label[, group], all text. outside: paths may leave the folder."""
     path = Path(folder) / "train.csv"
     table = read_csv(path, ["path", "label"])
     if "group" in table.columns:
         read_csv(path, ["path", "group"])
-    inside(table, "path", path)
+    inside(table, "path", path, outside)
     if table["label"].nunique() < 2:
-        raise InputError(f"{path} has one label only ({table['label'][0]!r}); classification needs two or more")
+        raise InputError(f"{path} has one label only ({short(table['label'][0])}); classification needs two or more")
     return table
 
 
-def read_test(folder):
-    """sample_submission.csv of `folder`, all its columns as text."""
+def read_test(folder, outside=False):
+    """sample_submission.csv of `folder`, all its columns as text. outside: names may leave test/."""
     path = Path(folder) / "sample_submission.csv"
     table = read_csv(path, ["filename"])
     if "prediction" not in table.columns:
-        raise InputError(f"{path} has no column 'prediction', only {', '.join(map(repr, table.columns[:9]))}")
-    inside(table, "filename", path)
+        raise InputError(f"{path} has no column 'prediction', only {', '.join(map(short, table.columns[:9]))}")
+    inside(table, "filename", path, outside)
     return table
+
+
+def has_test(folder):
+    return (Path(folder) / "sample_submission.csv").exists()
+
+
+def load_train(args):
+    """read_train of --input, less the images that --output/bad_images.csv lists: the gallery of every script."""
+    table = read_train(args.input, args.allow_outside)
+    good = table[~table["path"].isin(bad_images(args.output, "train"))].reset_index(drop=True)
+    if good["label"].nunique() < 2:
+        raise InputError(f"{args.output}/bad_images.csv leaves images of less than two labels of {args.input}/train.csv")
+    return good
+
+
+def load_test(args):
+    """The test images less those that --output/bad_images.csv lists, None without a test part; see `with_bad`."""
+    if not has_test(args.input):
+        return None
+    table = read_test(args.input, args.allow_outside)
+    good = table[~table["filename"].isin(bad_images(args.output, "test"))].reset_index(drop=True)
+    if good.empty:
+        raise InputError(f"{args.output}/bad_images.csv leaves no test image; look at them, then delete that file")
+    return good
+
+
+def with_bad(table, good, values, fill):
+    """Values [n, ...] of the rows `good` of a test table at their places among all its rows [N, ...]; `fill` at the others."""
+    result = np.full((len(table), *values.shape[1:]), fill, values.dtype)
+    result[table["filename"].isin(good["filename"]).to_numpy()] = values
+    return result
 
 
 def read_solution(folder, filenames):
@@ -107,7 +166,7 @@ def read_solution(folder, filenames):
     table = read_csv(path, ["filename", "label"]).set_index("filename")["label"]
     missing = [name for name in filenames if name not in table.index]
     if missing:
-        raise InputError(f"{path} lacks {len(missing)} test images, the first {missing[0]!r}; complete it or delete it")
+        raise InputError(f"{path} lacks {len(missing)} test images, the first {short(missing[0])}; complete it or delete it")
     return table.loc[list(filenames)].to_numpy()
 
 
@@ -115,6 +174,10 @@ def read_pseudo(path, least, classes):
     """Rows of a confidence.csv with that much confidence or more: DataFrame filename, number (of the predicted class)."""
     table = read_csv(path, ["filename", "prediction", "confidence"])
     inside(table, "filename", path)
+    written = Path(path).with_name("expected.json")
+    if written.exists() and load_json(written).get("confidence_csv", digest := file_fingerprint(path)) != digest:
+        raise InputError(f"{path} is not what scripts/expect.py wrote with {written.name}; run it again, or give a copy of "
+                         "the file in another folder if it was changed on purpose")
     confidence = pd.to_numeric(table["confidence"], errors="coerce")
     number = table["prediction"].map({label: i for i, label in enumerate(classes)})
     bad = confidence.isna() | (number.isna() & (confidence >= least))
@@ -134,8 +197,10 @@ def test_fingerprint(table):
 
 def encode(labels):
     """Labels (text) -> (sorted classes, class number of each row [N] int64)."""
-    classes, numbers = np.unique(np.asarray(labels, dtype=object).astype(str), return_inverse=True)
-    return classes.tolist(), numbers.astype(np.int64)
+    labels = [str(label) for label in labels]
+    classes = sorted(set(labels))  # not np.unique: it would give each row the room of the longest label
+    number = {label: i for i, label in enumerate(classes)}
+    return classes, np.array([number[label] for label in labels], np.int64)
 
 
 # ---------------------------------------------------------------------------------------------------------------- folds
@@ -153,8 +218,8 @@ def make_folds(labels, groups=None, folds=5, seed=9999):
     if len(np.unique(groups[rows])) < folds:
         raise InputError(f"{folds} folds need {folds} images (or groups) of classes with two or more; use fewer --n-folds")
     # scikit-learn refuses when every class is smaller than the number of folds; a class of stand-ins makes it deal on.
-    y = np.append(labels[rows].astype(object), ["\U0010ffff"] * folds).astype(str)
-    g = np.append(groups[rows].astype(object).astype(str), [f"\0{i}" for i in range(folds)])
+    y = encode([*labels[rows], *["\U0010ffff"] * folds])[1]
+    g = encode([*groups[rows], *(f"\0{i}" for i in range(folds))])[1]
     split = StratifiedKFold if len(np.unique(groups)) == len(groups) else StratifiedGroupKFold
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # small classes: load_folds says so once
@@ -198,8 +263,14 @@ def write_folds(path, train, folds, seed, by, features):
         fold = make_look_folds(features(), train["label"], folds, seed)
     else:
         fold = make_folds(train["label"], train["group"] if by == "group" else None, folds, seed)
+    table = train[["path", "label"]].assign(fold=fold)
     with atomic(path) as temporary:
-        train[["path", "label"]].assign(fold=fold, by=by).to_csv(temporary, index=False)
+        table.assign(by=by, check=folds_check(table)).to_csv(temporary, index=False)
+
+
+def folds_check(table):
+    """16 hex digits that a flipped bit in path, label or fold changes."""
+    return fingerprint(zip(table["path"], table["label"], table["fold"], strict=True))[:16]
 
 
 def load_folds(output, train, folds=None, seed=9999, by=None, features=None):
@@ -212,6 +283,9 @@ def load_folds(output, train, folds=None, seed=9999, by=None, features=None):
             if not path.exists():
                 write_folds(path, train, folds, seed, by or ("group" if "group" in train.columns else "random"), features)
     table = read_csv(path, ["path", "label", "fold"])
+    if "check" in table.columns and (table["check"] != folds_check(table)).any():
+        raise InputError(f"{path} is damaged, or was changed by hand; delete it and run train.py again, which draws the same "
+                         "folds (or, if the change is meant, delete its column check)")
     if train_fingerprint(table) != train_fingerprint(train):
         raise InputError(f"{path} was written for another train.csv; use another --output, or delete it with its runs")
     fold = pd.to_numeric(table["fold"], errors="coerce").to_numpy()
@@ -228,18 +302,22 @@ def load_folds(output, train, folds=None, seed=9999, by=None, features=None):
 def folds_by(output):
     """How output/folds.csv was drawn: 'random', 'group' or 'look'; None without it."""
     path = Path(output) / "folds.csv"
-    return read_csv(path, ["path"]).get("by", ["random"])[0] if path.exists() else None
+    by = read_csv(path, ["path"]).get("by", ["random"])[0] if path.exists() else None
+    if by not in (None, "random", "group", "look"):
+        raise InputError(f"{path}: the column by says {short(by)}, not random, group or look; mend it")
+    return by
 
 
 # --------------------------------------------------------------------------------------------------------------- images
 
 
 def read_image(path):
-    """Upright RGB uint8 [H, W, 3] of any image OpenCV reads: grey, 16-bit, CMYK, EXIF-rotated; transparency over white."""
+    """Upright RGB uint8 [H, W, 3] of any image OpenCV reads, up to MAX_PIXELS: grey, 16-bit, CMYK, EXIF-rotated; transparency
+    over white."""
     try:
-        return decode_image(np.fromfile(path, np.uint8), path)  # not cv2.imread: it fails on non-ASCII paths on some systems
-    except OSError as error:
-        raise InputError(f"{path} cannot be read: {error.strerror or error}") from None
+        return decode_image(np.fromfile(regular(path), np.uint8), path)  # not cv2.imread: that fails on some non-ASCII paths
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path} cannot be read: {getattr(error, 'strerror', None) or error}") from None
 
 
 def decode_image(data, name):
@@ -247,13 +325,16 @@ def decode_image(data, name):
     try:
         image = cv2.imdecode(data, cv2.IMREAD_COLOR_RGB) if len(data) else None
         if image is None:
-            raise InputError(f"{name} is no image that OpenCV reads; replace it or take it out of its CSV")
+            raise InputError(f"{name} is no image that OpenCV reads, or has more than {MAX_PIXELS // 10**6} megapixels; "
+                             "replace it or take it out of its CSV")
         if data[:2].tobytes() != b"\xff\xd8":  # no JPEG: it may have an alpha channel
             raw = cv2.imdecode(data, cv2.IMREAD_UNCHANGED)
-            if raw.ndim == 3 and raw.shape[2] == 4 and raw.shape[:2] == image.shape[:2]:
-                alpha = raw[..., 3:] / np.float32(np.iinfo(raw.dtype).max)
-                image = np.rint(image * alpha + 255 * (1 - alpha)).astype(np.uint8)
-    except cv2.error as error:
+            if raw is not None and raw.ndim == 3 and raw.shape[2] == 4 and raw.shape[:2] == image.shape[:2]:
+                for part in np.array_split(np.arange(len(image)), -(-image.size // 2**22)):  # float32 of a large one is GiBs
+                    rows = slice(part[0], part[-1] + 1)
+                    alpha = raw[rows, :, 3:] / np.float32(1 if raw.dtype.kind == "f" else np.iinfo(raw.dtype).max)
+                    image[rows] = np.rint(image[rows] * alpha + 255 * (1 - alpha)).astype(np.uint8)
+    except (ValueError, MemoryError, cv2.error) as error:
         raise InputError(f"{name} cannot be read: {str(error).strip()}") from None
     return image
 
@@ -271,13 +352,6 @@ def resize(image, size, how="squash"):
 
 def load_image(path, size, how):
     return resize(read_image(path), size, how)
-
-
-def cache_flags(parser):
-    add = parser.add_argument
-    add("--cache", action=argparse.BooleanOptionalAction, default=True, help="decode and resize each image once for all runs "
-        "and epochs, into INPUT/.cache, where the disk has room (default on)")
-    add("--cache-size", type=float, metavar="GB", help="most that the cache may take (default: half of the free disk)")
 
 
 @functools.lru_cache(maxsize=8)  # once a process: loader workers that are not forked open it themselves
@@ -369,39 +443,87 @@ class Cache:
         return np.array([found.get(file, -1) for file in self.files(folder, names)])
 
 
-def check_images(folder, names, full=False):
+def check_images(folder, names, full=False, hint=""):
     """Raise one InputError that lists every missing or unreadable image (20 named, then a count).
-    full=False reads headers only; full=True decodes every image."""
-
-    def problem(name):
-        path = Path(folder) / name
-        try:
-            if full:
-                read_image(path)
-            else:
-                with Image.open(path):
-                    pass
-        except InputError:
-            return f"{path}: unreadable"
-        except FileNotFoundError:
-            return f"{path}: not there"
-        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
-            return f"{path}: unreadable"
-
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        bad = [p for p in progress(pool.map(problem, names), f"checking {Path(folder).name or folder}", len(names)) if p]
+    full=False reads headers only; full=True decodes every image. hint: what else the user can do."""
+    bad = [f"{printable(Path(folder) / name)}: {said}" for name, said in find_bad(folder, names, full).items()]
     if bad:
         more = [f"... and {len(bad) - 20} more"] if len(bad) > 20 else []
         raise InputError("\n  ".join([f"{len(bad)} images are missing or unreadable; replace them or take them out of "
-                                      "their CSV:", *bad[:20], *more]))
+                                      f"their CSV{hint}:", *bad[:20], *more]))
 
 
-def check_test(folder, full=False):
-    """read_test and check_images of the test part, and its solution if there is one; nothing without a test part."""
-    if (Path(folder) / "sample_submission.csv").exists():
-        test = read_test(folder)
-        check_images(Path(folder) / "test", test["filename"], full)
-        read_solution(folder, test["filename"])
+def find_bad(folder, names, full=False):
+    """{name: what is wrong} of the images that are missing or unreadable, see check_images."""
+    def problem(name):
+        path = Path(folder) / name
+        try:
+            regular(path)
+            if full:
+                read_image(path)
+            else:
+                with Image.open(path, formats=FORMATS) as image:
+                    if image.width * image.height > MAX_PIXELS:
+                        return f"more than {MAX_PIXELS // 10**6} megapixels"
+        except FileNotFoundError:
+            return "not there"
+        except Exception:  # Pillow raises all kinds for a damaged header
+            return "unreadable"
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        said = progress(pool.map(problem, names), f"checking {Path(folder).name or folder}", len(names))
+        return {name: problem for name, problem in zip(names, said, strict=True) if problem}
+
+
+def skip_bad_images(args):
+    """--skip-bad-images: decode every image once and list those that cannot be read in --output/bad_images.csv, written
+    once as folds.csv is: what it lists, every script leaves out."""
+    path = Path(args.output) / "bad_images.csv"
+    with lock(args.output, wait=True):  # runs may start side by side
+        if not path.exists():
+            parts = {"train": (Path(args.input), read_train(args.input, args.allow_outside)["path"])}
+            if has_test(args.input):
+                parts["test"] = Path(args.input) / "test", read_test(args.input, args.allow_outside)["filename"]
+            bad = [(split, name, said) for split, (folder, names) in parts.items()
+                   for name, said in find_bad(folder, names, full=True).items()]
+            with atomic(path) as temporary:
+                pd.DataFrame(bad, columns=BAD).to_csv(temporary, index=False)
+
+
+def bad_images(output, split):
+    """Names of the images of 'train' or 'test' that output/bad_images.csv lists; none without it."""
+    path = Path(output) / "bad_images.csv"
+    if not path.exists() or path.read_bytes().strip() == ",".join(BAD).encode():  # all are good
+        return set()
+    table = read_csv(path, BAD, unique=False)
+    return set(table["path"][table["split"] == split])
+
+
+def check_inputs(args, full=False):
+    """Check every image that is to be read, and the solution if there is one: known before the work, not after it."""
+    if args.skip_bad_images:
+        skip_bad_images(args)
+    train, test, hint = load_train(args), load_test(args), ", or do without them by --skip-bad-images"
+    check_images(args.input, train["path"], full, hint)
+    if test is not None:
+        check_images(Path(args.input) / "test", test["filename"], full, hint)
+        read_solution(args.input, test["filename"])
+    left_out = [f"{len(bad)} {split} images" for split in ("train", "test") if (bad := bad_images(args.output, split))]
+    if left_out:
+        print(f"{' and '.join(left_out)} are left out, see {args.output}/bad_images.csv")
+    return train, test
+
+
+def input_flags(parser):
+    """The flags of the scripts that embed the images of --input."""
+    parser.add_argument("--cache", action=argparse.BooleanOptionalAction, default=True, help="decode and resize each image "
+                        "once for all runs and epochs, into INPUT/.cache, where the disk has room (default on)")
+    parser.add_argument("--cache-size", type=float, metavar="GB", help="most that the cache may take (default: half of the "
+                        "free disk)")
+    parser.add_argument("--deterministic", action="store_true", help="on a GPU, only algorithms that give the same digits each "
+                        "time; slower. On a CPU they always do, for the same number of threads")
+    parser.add_argument("--skip-bad-images", action="store_true", help="decode every image once; list those that cannot be "
+                        "read in OUTPUT/bad_images.csv and do without: a test image among them gets the most frequent label")
 
 
 def augmentation_flags(parser):

@@ -49,13 +49,11 @@ from torch.utils.data import Subset
 from dataset import (
     Cache,
     Images,
-    cache_flags,
-    check_images,
+    check_inputs,
     default_workers,
     encode,
+    input_flags,
     make_loader,
-    read_test,
-    read_train,
     test_fingerprint,
     train_fingerprint,
 )
@@ -79,7 +77,7 @@ def parse_args():
     add("--precision", choices=["auto", "fp32", "bf16", "fp16"], help="default: that of the training")
     add("--batch-size", type=int, default=0, help="images a batch; 0 = 64 on a CPU, 512 on a GPU, halved until it fits")
     add("--workers", type=int, default=default_workers(), help="loader processes (default min(8, cores - 1))")
-    cache_flags(parser)
+    input_flags(parser)
     args = parser.parse_args()
     if args.batch_size < 0 or min(args.size, *(args.test_size or [1])) < 1 or (args.gem_p is not None and not args.gem_p > 0):
         parser.error("--batch-size must be 0 or more, --size and --test-size 1 or more, --gem-p more than 0")
@@ -100,12 +98,13 @@ def is_finished(folder):
     """True when the run's last epoch is in its log (or, for imported weights, no epoch was wanted)."""
     if not (folder / "best.pt").exists() or not (folder / "args.json").exists():
         return False
-    epochs = load_json(folder / "args.json")["epochs"]
-    if epochs == 0:
+    args = load_json(folder / "args.json", epochs=int)
+    if args["epochs"] == 0:
         return True
-    try:
-        return pd.read_csv(folder / "log.csv")["epoch"].max() == epochs
-    except (OSError, ValueError, KeyError):
+    try:  # all epochs: a flipped bit can turn a 2 into a 3
+        wanted = range(1 - args.get("head_first", 0), args["epochs"] + 1)
+        return pd.read_csv(folder / "log.csv")["epoch"].tolist() == list(wanted)
+    except (OSError, ValueError, KeyError, TypeError):
         return False
 
 
@@ -133,9 +132,9 @@ def embed(model, images, device, precision="fp32", batch_size=64, workers=0, wha
               for size in sizes or [images.size]]
     model.train(training)
     result = np.mean(passes, 0) if len(passes) > 1 else passes[0]
-    if len(bad := np.flatnonzero(~np.isfinite(result).all(1))):
-        raise InputError(f"{images.folder / images.names[bad[0]]} gives a NaN or infinite embedding ({len(bad)} of "
-                         f"{len(images)} images do); try --precision fp32")
+    if len(bad := np.flatnonzero(~np.isfinite(result).all(1) | ~result.any(1))):
+        raise InputError(f"{images.folder / images.names[bad[0]]} gives a NaN, infinite or zero embedding ({len(bad)} of "
+                         f"{len(images)} images do); try --precision fp32, or another --lr if the training failed")
     return result
 
 
@@ -180,9 +179,20 @@ def embed_pass(model, images, device, precision, batch_size, workers, what, outp
     return result
 
 
+def load_run(folder):
+    """The trained model of a run and all that its best.pt holds."""
+    path = folder / "best.pt"
+    checkpoint = load_checkpoint(path, model=dict, classes=list, args=dict)
+    try:
+        return build(checkpoint), checkpoint
+    except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+        reason = str(error).partition("\n")[0]
+        raise InputError(f"{path} does not describe a model of this project ({reason}); delete it and train it again") from None
+
+
 def load_model(folder, device):
     """The model of an extracted run as it gave the run's embeddings, but for --adapt-bn."""
-    model, stamp = build(load_checkpoint(folder / "best.pt")).to(device), load_json(folder / "extract.json")
+    model, stamp = load_run(folder)[0].to(device), load_json(folder / "extract.json")
     if "gem_p" not in stamp:
         raise InputError(f"{folder} was extracted by an earlier version; run extract.py again")
     if stamp["gem_p"]:
@@ -241,34 +251,41 @@ def import_weights(args, folder, train):
                                          "head_fits": part == "all"})
 
 
+def up_to_date(folder, stamp, names):
+    """Whether the embeddings on disk are of this stamp and as they were written."""
+    try:
+        stored = load_json(folder / "extract.json", files=dict)
+        return stored.items() >= stamp.items() and all(file_fingerprint(folder / n) == stored["files"].get(n) for n in names)
+    except (OSError, InputError):  # not there, or damaged: extracted anew
+        return False
+
+
 def extract(folder, args, train, test, device, first, cache):
     """Embeddings of one run, unless those on disk are of this checkpoint and these rows. Interrupted, it goes on from what
     lies in the run's .extract. `first`: this process writes."""
     start = time.time()
-    recorded = load_json(folder / "args.json")
+    recorded = load_json(folder / "args.json", precision=str, size=int)
     stamp = {"train": train_fingerprint(train), "test": None if test is None else test_fingerprint(test),
-             "checkpoint": file_fingerprint(folder / "best.pt"), "fold": recorded["fold"],
+             "checkpoint": file_fingerprint(folder / "best.pt"), "fold": recorded.get("fold"),
              "precision": pick_precision(args.precision or recorded["precision"], device), "adapt_bn": args.adapt_bn,
              "sizes": args.test_size or recorded.get("test_size") or [recorded["size"]], "gem_p": args.gem_p}
     names = ["train.npy", "test.npy", "head.npy"] if test is not None else ["train.npy", "head.npy"]
     stamp_file = folder / "extract.json"
-
-    def up_to_date():
-        return all((folder / n).exists() for n in [*names, stamp_file.name]) and load_json(stamp_file).items() >= stamp.items()
-
-    if on_first(up_to_date):
+    if on_first(up_to_date, folder, stamp, names):
         print(f"{folder}: up to date")
         return
-    checkpoint = load_checkpoint(folder / "best.pt")
+    model, checkpoint = load_run(folder)
     classes = encode(train["label"])[0]
     if checkpoint["classes"] != classes:
         raise InputError(f"{folder} was trained on other classes than {args.input}/train.csv; train it again")
-    model, stored = build(checkpoint).to(device), checkpoint["args"]
+    model, stored = model.to(device), checkpoint["args"]
+    if stored != recorded:
+        raise InputError(f"{folder}: args.json says other than best.pt; delete args.json and run train.py again")
     if args.gem_p:
         model.pool.p.data.fill_(args.gem_p)
     head = "softmax" if isinstance(model.head, Softmax) else "arcface" if checkpoint["head_fits"] else None
     stamp |= {"resize": stored["resize"], "classes": len(classes), "head": head,
-              "centres": getattr(model.head, "centres", 1)}
+              "centres": getattr(model.head, "centres", 1), "held_out": checkpoint.get("held_out")}
     if first:
         stamp_file.unlink(missing_ok=True)  # from here to the end the embeddings on disk are no matching set
     batch_size = args.batch_size or (512 if device.type == "cuda" else 64)
@@ -289,7 +306,7 @@ def extract(folder, args, train, test, device, first, cache):
             save_npy(folder / f"{split}.npy", embedded)
     if first:
         save_npy(folder / "head.npy", model.head.weight.detach().float().cpu().numpy())
-        save_json(stamp_file, stamp)
+        save_json(stamp_file, stamp | {"files": {name: file_fingerprint(folder / name) for name in names}})
         shutil.rmtree(folder / ".extract", ignore_errors=True)
     seconds, count = time.time() - start, sum(len(files) for _, files in rows.values())
     print(f"{folder}: {count} images in {duration(seconds)}, {count / seconds:.0f} images/s at "
@@ -299,15 +316,11 @@ def extract(folder, args, train, test, device, first, cache):
 
 def main():
     args = parse_args()
-    device = pick_device(args.device)
-    train = read_train(args.input)
-    test = read_test(args.input) if (Path(args.input) / "sample_submission.csv").exists() else None
-    if test is None:
-        print(f"{args.input}/sample_submission.csv is not there: training images only")
+    device = pick_device(args.device, args.deterministic)
     with processes(device) as first:
-        on_first(check_images, args.input, train["path"])
-        if test is not None:
-            on_first(check_images, Path(args.input) / "test", test["filename"])
+        train, test = on_first(check_inputs, args)
+        if test is None:
+            print(f"{args.input}/sample_submission.csv is not there: training images only")
         if args.weights:
             folder = run_folder(args.output, args.arch, args.fold)
             with lock(folder):

@@ -24,7 +24,9 @@ from utils import (
     fingerprint,
     load_json,
     load_npy,
+    load_npz,
     lock,
+    new_npy,
     normalise,
     pick_device,
     processes,
@@ -39,7 +41,18 @@ import torch.distributed as dist
 
 import votes
 from catalogue import grow, left_out, ranks, strangeness, strangers
-from dataset import encode, folds_by, load_folds, read_solution, read_test, read_train, test_fingerprint, train_fingerprint
+from dataset import (
+    encode,
+    folds_by,
+    load_folds,
+    load_test,
+    load_train,
+    read_solution,
+    read_test,
+    test_fingerprint,
+    train_fingerprint,
+    with_bad,
+)
 from extract import finished_runs
 from search import SCREENS, Joined, Store, merge, topk
 
@@ -126,7 +139,7 @@ def label(queries, gallery, labels, classes, heads, args, wanted, device, scratc
 
     def changed(name, like):
         scratch.mkdir(parents=True, exist_ok=True)
-        return np.lib.format.open_memmap(scratch / f"{name}.npy", "w+", np.float32, like.shape)
+        return new_npy(scratch / f"{name}.npy", np.float32, like.shape)
 
     def nearest_of(left, right):
         return labels[search(left, right, 1)[1][:, 0]]
@@ -174,26 +187,50 @@ def joint_graph(queries, gallery, k, search):
 
 
 def load_runs(output, names, train, test):
-    """The runs' embeddings and heads, refused where they are of other rows or of another checkpoint."""
+    """The runs' embeddings and heads, refused where they are of other rows or of another checkpoint, or not as written."""
     folders = finished_runs(output) if not names else [Path(output) / name for name in names]
+    fold = load_folds(output, train) if (Path(output) / "folds.csv").exists() else None
     runs = []
     for folder in folders:
         if not (folder / "extract.json").exists():
             raise InputError(f"{folder} has no embeddings; run extract.py first")
-        stamp = load_json(folder / "extract.json")
+        stamp = load_json(folder / "extract.json", train=str, checkpoint=str, classes=int, centres=int, sizes=list, resize=str,
+                          files=dict)
         for what, have in [("train.csv", train_fingerprint(train)),
-                           ("sample_submission.csv", test_fingerprint(test) if test is not None else stamp["test"])]:
+                           ("sample_submission.csv", test_fingerprint(test) if test is not None else stamp.get("test"))]:
             if stamp["train" if what == "train.csv" else "test"] != have:
                 raise InputError(f"{folder} was extracted from another {what} (other rows or order); run extract.py again")
         if stamp["checkpoint"] != file_fingerprint(folder / "best.pt"):
             raise InputError(f"{folder}: best.pt is not the checkpoint that its embeddings come from; run extract.py again")
-        centres = stamp.get("centres", 1)
-        head = load_npy(folder / "head.npy", (stamp["classes"] * centres, None))
+        if fold is not None and stamp.get("held_out") and str(stamp.get("fold")).isdecimal() and (
+                stamp["held_out"] != train_fingerprint(train[fold == int(stamp.get("fold"))])):
+            raise InputError(f"{folder} held out other images than {output}/folds.csv says; put the old folds.csv back, or use "
+                             "another --output")
+        centres = stamp["centres"]
+
+        def embeddings(name, rows, folder=folder, files=stamp["files"]):
+            return load_npy(folder / name, (rows, None), files.get(name, "none"))
+
         runs.append({"name": f"{folder.parent.name}/{folder.name}", "arch": folder.parent.name,
-                     "fold": stamp["fold"], "stamp": stamp, "kind": stamp["head"], "head": head, "centres": centres,
-                     "train": load_npy(folder / "train.npy", (len(train), None)),
-                     "test": None if test is None else load_npy(folder / "test.npy", (len(test), None))})
+                     "fold": stamp.get("fold"), "stamp": stamp, "kind": stamp.get("head"), "centres": centres,
+                     "head": embeddings("head.npy", stamp["classes"] * centres),
+                     "train": embeddings("train.npy", len(train)),
+                     "test": None if test is None else embeddings("test.npy", len(test))})
     return runs
+
+
+def load_neighbours(output, queries, gallery):
+    """(similarity, index) of output/neighbours.npz, [queries, k], both of them checked: rows of the test images and of the
+    training images. Images in bad_images.csv have the index -1."""
+    path, mend = Path(output) / "neighbours.npz", "run retrieve.py again"
+    if not path.exists():
+        raise InputError(f"{path} is not there; run retrieve.py first")
+    file = load_npz(path, mend)
+    similarity, index = (file.get(name, np.empty(0)) for name in ("similarity", "index"))
+    if not (similarity.dtype == np.float32 and index.dtype == np.int64 and index.ndim == 2 and len(index) == queries and (
+            similarity.shape == index.shape and (index >= -1).all() and (index < gallery).all())):
+        raise InputError(f"{path} is of other images; {mend}")
+    return similarity, index
 
 
 def mean_heads(runs, split, rows=None):
@@ -294,8 +331,12 @@ def retrieve(args, device, train, test):
         strange = reject(runs, grown, train, classes, numbers, args, device) if args.reject else np.zeros(len(test), bool)
         if not first:
             return scores
+        good, test = test, read_test(args.input, args.allow_outside)  # an image in bad_images.csv gets the most frequent label
+        said = {name: with_bad(test, good, own, np.bincount(numbers).argmax()) for name, own in said.items()}
+        strange, similarity = with_bad(test, good, strange, False), with_bad(test, good, similarity, 0)
+        index = with_bad(test, good, gallery.index.to_numpy()[index], -1)
         with atomic(Path(args.output) / "neighbours.npz") as temporary, open(temporary, "wb") as file:
-            np.savez(file, similarity=similarity, index=gallery.index.to_numpy()[index])
+            np.savez(file, similarity=similarity, index=index)
         with atomic(Path(args.output) / "submission.csv") as temporary:
             prediction = np.where(strange, UNKNOWN, np.array(classes, object)[said[vote]])
             test.assign(prediction=prediction).to_csv(temporary, index=False)
@@ -318,8 +359,7 @@ def retrieve(args, device, train, test):
 
 def main():
     args = parse_args()
-    train = read_train(args.input)
-    test = read_test(args.input) if (Path(args.input) / "sample_submission.csv").exists() else None
+    train, test = load_train(args), load_test(args)
     device = pick_device(args.device)
     with processes(device) as first, lock(args.output):
         scores = retrieve(args, device, train, test)

@@ -20,6 +20,7 @@ ROUNDS=1
 CARDS=
 TRAIN=(--epochs 30)
 DEVICE=()
+SCRIPTS=() EXTRACT=()  # flags for all that follow the training, and for extract.py
 DEMO=
 FOLDS_ONLY=
 
@@ -38,6 +39,8 @@ while (($#)); do
             [[ -n ${2:-} ]] || { echo "error: $1 needs a value" >&2; exit 2; }
             name=${1#--}; declare "${name^^}=$2"; shift ;;
         --device) DEVICE=(--device "${2:-}"); shift ;;
+        --allow-outside) TRAIN+=("$1") SCRIPTS+=("$1") ;;
+        --deterministic) TRAIN+=("$1") EXTRACT+=("$1") ;;
         --arch|--arch=*|--fold|--fold=*|--archs=*|--folds=*|--input=*|--output=*|--rounds=*|--cards=*|--device=*)
             echo "error: ${1%%=*} is not for run_all.sh; write --archs \"A B\", --folds \"0 1\", --input DIR, --output DIR" >&2
             exit 2 ;;
@@ -133,14 +136,16 @@ for ((round = 1; round <= ROUNDS; round++)); do
         [[ -f $before/confidence.csv ]] || { failed+=("round $round: no $before/confidence.csv, no run held images out"); break; }
         pseudo=(--pseudo "$before/confidence.csv") out=$OUTPUT/round$round
         mkdir -p "$out" && cp "$OUTPUT/folds.csv" "$out/" || exit 2
+        [[ ! -f $OUTPUT/bad_images.csv ]] || cp "$OUTPUT/bad_images.csv" "$out/" || exit 2
     fi
     for arch in "${archs[@]}"; do
         for fold in "${folds[@]}"; do train "$arch" "$fold" "$out/${arch//[\/:]/_}/fold$fold/train.log"; done
     done
     while ((${#run_of[@]})); do finish; done
     for script in extract.py retrieve.py scripts/expect.py scripts/report.py scripts/summary.py; do
-        name=$(basename "$script" .py)
-        stage "$name" "$out/$name.log" "$PYTHON" "$script" --input "$INPUT" --output "$out" "${DEVICE[@]}" ||
+        name=$(basename "$script" .py) flags=("${DEVICE[@]}" "${SCRIPTS[@]}")
+        [[ $script != extract.py ]] || flags+=("${EXTRACT[@]}")
+        stage "$name" "$out/$name.log" "$PYTHON" "$script" --input "$INPUT" --output "$out" "${flags[@]}" ||
             { failed+=("$script: see $out/$name.log"); [[ $script == scripts/* ]] || break; }
     done
     before=$out

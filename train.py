@@ -52,17 +52,16 @@ from dataset import (
     Images,
     augmentation,
     augmentation_flags,
-    cache_flags,
+    bad_images,
     check_augmentation_flags,
-    check_images,
-    check_test,
+    check_inputs,
     default_workers,
     encode,
+    input_flags,
     load_folds,
     make_loader,
     mix,
     read_pseudo,
-    read_train,
     train_fingerprint,
 )
 from extract import embed, embed_shared, is_finished, run_folder
@@ -70,8 +69,8 @@ from models import Model, class_weights, join_batch_norm, load_weights, loss_sum
 from search import topk
 
 # Free to change on a resume:
-MACHINE = {"input", "output", "workers", "device", "check", "restart", "eval_batch_size", "folds_only", "tensorboard", "cache",
-           "cache_size"}
+MACHINE = {"input", "output", "allow_outside", "workers", "device", "deterministic", "check", "skip_bad_images", "restart",
+           "eval_batch_size", "folds_only", "tensorboard", "cache", "cache_size"}
 EVENTS = "events.out.tfevents.log"  # TensorBoard knows its files by the middle of the name
 HINT = ("the checkpoint of the last finished epoch is kept. Try a lower --lr, --clip norm:5 (NFNets: agc:0.01), or "
         "--precision fp32, with --restart")
@@ -125,7 +124,7 @@ def parse_args():
     add("--eval-batch-size", type=int, default=64, help="images a batch in validation (default 64)")
     add("--seed", type=int, default=9999, help="of folds, weights, order and augmentation (default 9999)")
     add("--workers", type=int, default=default_workers(), help="loader processes (default min(8, cores - 1))")
-    cache_flags(parser)
+    input_flags(parser)
     add("--check", action="store_true", help="decode every image before training, not only read its header")
     add("--tensorboard", action="store_true", help="keep log.csv for TensorBoard, too (pip install tensorboard; "
         "tensorboard --logdir output)")
@@ -277,13 +276,18 @@ def record_arguments(folder, args):
     return effective
 
 
-def load_last(folder, rows):
-    """What last.pt holds, or a fresh start. `rows`: fingerprint of the training images, which must be those of the begin."""
+def load_last(folder, stamps):
+    """What last.pt holds, or a fresh start. `stamps`: fingerprints {train, held_out} of the images, which must be those of
+    the begin."""
+    fresh = {"epoch": 0, "best": -1.0, "history": [], **stamps}
     if not (folder / "last.pt").exists():
-        return {"epoch": 0, "best": -1.0, "history": [], "train": rows}
-    state = load_checkpoint(folder / "last.pt")
-    if state["train"] != rows:
+        return fresh
+    state = load_checkpoint(folder / "last.pt", epoch=int, best=float, history=list, model=dict, optimiser=dict)
+    if any(state.get(name, stamp) != stamp for name, stamp in stamps.items()):
         raise InputError(f"{folder} was begun on other training images; use another --output, or --restart to begin anew")
+    if state["best"] >= 0 and not (folder / "best.pt").exists():
+        print(f"{folder}/best.pt is gone: training anew")
+        return fresh
     return state
 
 
@@ -357,9 +361,11 @@ def fit(folder, args, recorded, train, fold, device):
     paths, truth = train["path"].to_numpy(), labels
     if args.pseudo:
         extra = read_pseudo(args.pseudo, args.pseudo_min, classes)
+        extra = extra[~extra["filename"].isin(bad_images(args.output, "test"))]
         paths, truth = np.append(paths, "test/" + extra["filename"]), np.append(labels, extra["number"])
     seen = np.append(inside, np.arange(len(train), len(paths)))
-    stamp = train_fingerprint(pd.DataFrame({"path": paths, "label": truth}))
+    stamps = {"train": train_fingerprint(pd.DataFrame({"path": paths, "label": truth})),
+              "held_out": train_fingerprint(train.iloc[outside])}
     augment = augmentation(args)
     cache = Cache(args)
     cache.add(args.input, paths, [args.size, *args.test_size], args.resize)
@@ -372,7 +378,7 @@ def fit(folder, args, recorded, train, fold, device):
     counts = class_weights(truth[seen], len(classes)) if args.class_weights else torch.ones(len(classes))
     weights = counts.to(device)
 
-    state = load_last(folder, stamp)
+    state = load_last(folder, stamps)
     done, best, history = state["epoch"], state["best"], state["history"]
     seed_everything(args.seed)
     model = Model(args.arch, len(classes), args.head, args.scale, args.margin, args.sub_centres)
@@ -387,12 +393,16 @@ def fit(folder, args, recorded, train, fold, device):
     ema = ModelEmaV3(model, args.ema, use_warmup=True) if args.ema else None
     kept = ema.module if ema else model  # what is validated and kept
     if done:
-        model.load_state_dict(state["model"])
-        optimiser.load_state_dict(state["optimiser"])
-        if ema:
-            ema.module.load_state_dict(state["ema"])
-        if state["scaler"]:
-            scaler.load_state_dict(state["scaler"])
+        try:
+            model.load_state_dict(state["model"])
+            optimiser.load_state_dict(state["optimiser"])
+            if ema:
+                ema.module.load_state_dict(state["ema"])
+            if state["scaler"]:
+                scaler.load_state_dict(state["scaler"])
+        except (KeyError, TypeError, ValueError, RuntimeError, AttributeError) as error:
+            reason = str(error).partition("\n")[0]
+            raise InputError(f"{folder}/last.pt is not of this run ({reason}); --restart begins it anew") from None
     print(f"{args.arch} fold {args.fold}: {len(seen)} images, {len(outside)} held out, {len(classes)} classes; "
           f"{device.type} {precision}, {args.size} px; {said}", flush=True)
 
@@ -418,11 +428,11 @@ def fit(folder, args, recorded, train, fold, device):
             continue  # the first process writes
         if better:
             save_checkpoint(folder / "best.pt", {"model": kept.state_dict(), "classes": classes, "args": recorded,
-                                                 "epoch": epoch + 1, "head_fits": True})
+                                                 "epoch": epoch + 1, "head_fits": True, "held_out": stamps["held_out"]})
         save_checkpoint(folder / "last.pt", {"model": model.state_dict(), "ema": ema.module.state_dict() if ema else None,
                                              "optimiser": optimiser.state_dict(), "scaler": scaler.state_dict(),
                                              "epoch": epoch + 1 + args.head_first, "best": best, "history": history,
-                                             "train": stamp})
+                                             **stamps})
         write_log(folder, history, args.tensorboard)
         report(row, history, args.epochs, device)
     if rank == 0:
@@ -433,14 +443,12 @@ def fit(folder, args, recorded, train, fold, device):
 
 def main():
     args = parse_args()
-    device = pick_device(args.device)
+    device = pick_device(args.device, args.deterministic)
     args.precision = pick_precision(args.precision, device)
     if args.tensorboard:
         event_bytes([])  # a missing package is better known now than after an epoch
-    train = read_train(args.input)
     with processes(device):
-        on_first(check_images, args.input, train["path"], args.check)
-        on_first(check_test, args.input, args.check)  # not needed here, but better known now than after ten runs
+        train, _ = on_first(check_inputs, args, args.check)  # test images: better known now than after ten runs
         fold = on_first(load_folds, args.output, train, args.n_folds, args.seed, args.fold_by,
                         lambda: looks(args, train, device))
         if args.folds_only:

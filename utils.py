@@ -1,11 +1,29 @@
 """Seeds, device and precision, files, metrics, logs. The lowest layer: it imports nothing of the project."""
 
 import os
+import sys
 
 # Before torch loads OpenMP, hence the first import of every script: a thread that waits shall spin briefly, then sleep.
 # Measured on 2 cores, a training step of tf_efficientnet_lite0 at 96 px: sleeping at once costs 1.6 times the time when
 # the cores are idle; OpenMP's default, to spin on and on, costs 10 times the time when another job shares them.
 os.environ.setdefault("GOMP_SPINCOUNT", "30000")
+
+# Before OpenCV is loaded: an image's header may claim any size, and its decoder would ask for that much memory.
+MAX_PIXELS = 100_000_000
+os.environ.setdefault("OPENCV_IO_MAX_IMAGE_PIXELS", str(MAX_PIXELS))
+
+INTERRUPTED = "interrupted; the same command goes on from the last finished epoch or file"
+
+
+def quiet_interrupt(kind, error, trace):
+    """A Ctrl-C while the imports run, which take seconds, is a line, too."""
+    if issubclass(kind, KeyboardInterrupt):
+        print(INTERRUPTED, file=sys.stderr)
+    else:
+        sys.__excepthook__(kind, error, trace)
+
+
+sys.excepthook = quiet_interrupt
 
 import argparse
 import contextlib
@@ -15,15 +33,21 @@ import fcntl
 import hashlib
 import json
 import random
+import re
 import signal
-import sys
+import stat
 import traceback
+import zipfile
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.distributed as dist
 from tqdm import tqdm
+
+TO_DO = ("is it there, may you read and write it, has the disk space? Then run the same command again: what is finished is "
+         "kept")
+CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f]")
 
 
 class InputError(Exception):
@@ -49,27 +73,36 @@ def script_parser(doc, folders=True, device=True):
     if folders:
         parser.add_argument("--input", default="input", help="data folder (default input)")
         parser.add_argument("--output", default="output", help="results folder (default output)")
+        parser.add_argument("--allow-outside", action="store_true", help="paths in the CSVs may leave the data folder")
     if device:
         parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1 ... (default auto)")
     return parser
+
+
+def printable(text):
+    """Text of strangers without control characters, which could break the line or steer the terminal."""
+    return CONTROL.sub(lambda found: repr(found[0])[1:-1], str(text))
 
 
 def run(main):
     """Call main() as a script: user errors are a sentence and code 2, Ctrl-C and SIGTERM a line and code 130. Under torchrun
     the first process prints; the first that fails says why, and the others, which then fail for want of it, end silently."""
     signal.signal(signal.SIGTERM, interrupt)
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):  # a file name that is no UTF-8, a terminal that knows no Korean
+            stream.reconfigure(errors="backslashreplace")
     said, code = None, 0
     try:
         with contextlib.redirect_stdout(open(os.devnull, "w") if int(os.environ.get("RANK", 0)) else sys.stdout):
             main()
     except InputError as error:
-        said, code = f"error: {error}", 2
+        said, code = "error: " + "\n".join(map(printable, str(error).split("\n"))), 2
     except OSError as error:
         if error.filename is None and error.errno is None:
             raise
-        said, code = f"error: {error.filename or 'output'}: {error.strerror}", 2
+        said, code = f"error: {printable(error.filename or 'output')}: {error.strerror}; {TO_DO}", 2
     except KeyboardInterrupt:
-        said, code = "interrupted; the same command goes on from the last finished epoch or file", 130
+        said, code = INTERRUPTED, 130
     except Exception:
         if not dist.is_initialized():
             raise
@@ -105,9 +138,12 @@ def seed_everything(*key):
 # --------------------------------------------------------------------------------------------------- device, precision
 
 
-def pick_device(name="auto"):
-    """torch.device for 'auto', 'cpu', 'cuda' or 'cuda:1', under torchrun a GPU each; cuDNN picks its fastest kernels, TF32 too.
-    Matrix products stay float32, PyTorch's default: the search is exact."""
+def pick_device(name="auto", deterministic=False):
+    """torch.device for 'auto', 'cpu', 'cuda' or 'cuda:1', under torchrun a GPU each; cuDNN picks its fastest kernels, TF32 too,
+    unless the run is to be deterministic. Matrix products stay float32, PyTorch's default: the search is exact."""
+    if deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS wants it, before it starts
+    torch.use_deterministic_algorithms(deterministic)
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     if name.startswith("cuda") and not torch.cuda.is_available():
@@ -119,7 +155,7 @@ def pick_device(name="auto"):
         torch.empty(1, device=device)
     except RuntimeError as error:
         raise InputError(f"--device {name}: {str(error).partition(chr(10))[0]}") from None
-    torch.backends.cudnn.allow_tf32 = torch.backends.cudnn.benchmark = True
+    torch.backends.cudnn.allow_tf32, torch.backends.cudnn.benchmark = True, not deterministic
     return device
 
 
@@ -235,20 +271,34 @@ def sum_up(tensors):
 # ---------------------------------------------------------------------------------------------------------------- files
 
 
+def regular(path, most=2**30):
+    """The path, if it is a file of at most `most` bytes. A pipe would be read for ever; OSError where there is nothing."""
+    found = Path(path).stat()
+    if not stat.S_ISREG(found.st_mode):
+        raise InputError(f"{path} is no file; take it away or name another")
+    if most and found.st_size > most:
+        raise InputError(f"{path} has {found.st_size / 2**30:.1f} GiB, too much for what it should be; replace it")
+    return path
+
+
 @contextlib.contextmanager
 def atomic(path):
     """Yield a temporary path beside `path`; rename it when the block ends, so that a file that exists is whole.
     The temporary name is fixed: torch.save stores it in the file, and equal runs shall give equal files."""
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.tmp")
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         yield temporary
         with open(temporary, "rb") as file:
             os.fsync(file.fileno())
         temporary.replace(path)
+    except OSError as error:
+        raise InputError(f"{path} cannot be written ({error.strerror or error}); free space, or give another --output, and run "
+                         "the same command again: what is finished is kept") from None
     finally:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
 
 
 def save_text(path, text):
@@ -256,15 +306,31 @@ def save_text(path, text):
         temporary.write_text(text, encoding="utf-8")
 
 
+def json_check(value):
+    """16 hex digits that a flipped bit anywhere in the JSON changes."""
+    return hashlib.sha256(json.dumps(value).encode()).hexdigest()[:16]
+
+
 def save_json(path, value):
-    save_text(path, json.dumps(value, indent=1, ensure_ascii=False) + "\n")
+    """Write a dict, its json_check under the key 'check'."""
+    save_text(path, json.dumps(value | {"check": json_check(value)}, indent=1, ensure_ascii=False) + "\n")
 
 
-def load_json(path):
+def load_json(path, **kinds):
+    """The dict of a JSON file, compared with its 'check' where it has one. `kinds`: types of keys that must be there, e.g.
+    epochs=int."""
     try:
-        return json.loads(Path(path).read_text(encoding="utf-8"))
-    except ValueError as error:
+        value = json.loads(Path(regular(path)).read_text(encoding="utf-8"))
+        if not isinstance(value, dict):
+            raise ValueError("no object")
+        if value.pop("check", None) not in (None, json_check(value)):
+            raise ValueError("not as it was written; \"check\" differs")
+        for key, kind in kinds.items():
+            if not isinstance(value.get(key), kind):
+                raise ValueError(f"no proper {key!r}")
+    except (ValueError, RecursionError) as error:
         raise InputError(f"{path} is damaged ({error}); delete it and run the step that writes it again") from None
+    return value
 
 
 def save_npy(path, array):
@@ -272,16 +338,50 @@ def save_npy(path, array):
         np.save(file, array, allow_pickle=False)
 
 
-def load_npy(path, shape=None):
-    """Memory map of a float32 .npy; `shape` (None = any) is checked. Never unpickles."""
+def load_npy(path, shape=None, digest=None):
+    """Memory map of a float32 .npy; `shape` (None = any) and `digest`, its file_fingerprint, are checked. Never unpickles."""
     try:
-        array = np.load(path, mmap_mode="r", allow_pickle=False)
-    except (ValueError, EOFError) as error:
-        raise InputError(f"{path} is damaged ({error}); delete it and run extract.py again") from None
-    if array.dtype != np.float32 or array.ndim != 2:
-        raise InputError(f"{path} holds {array.dtype} {array.shape}, not float32 [N, D]; run extract.py again")
+        array = np.load(regular(path, most=None), mmap_mode="r", allow_pickle=False)
+        if not isinstance(array, np.memmap):
+            raise ValueError("no .npy")
+    except FileNotFoundError:
+        raise InputError(f"{path} is not there; run extract.py again") from None
+    except InputError:
+        raise
+    except Exception as error:  # NumPy's reader of headers raises many kinds
+        if isinstance(error, OSError) and error.filename:
+            raise
+        raise InputError(f"{path} is damaged ({str(error).partition(chr(10))[0][:120]}); run extract.py again") from None
+    if array.dtype != np.float32 or array.ndim != 2 or not array.flags.c_contiguous:
+        raise InputError(f"{path} holds {array.dtype} {array.shape}, not float32 [N, D] by rows; run extract.py again")
     if shape and any(want is not None and want != have for want, have in zip(shape, array.shape, strict=True)):
         raise InputError(f"{path} is {array.shape}, expected {shape}; run extract.py again")
+    if digest and digest != file_fingerprint(path):
+        raise InputError(f"{path} is not what extract.py wrote: a bad disk, or another file; run extract.py again")
+    return array
+
+
+def load_npz(path, mend):
+    """The arrays of an .npz by name, compared with its checksums. `mend`: what to do about a damaged one."""
+    try:
+        with np.load(regular(path, most=None), allow_pickle=False) as file:
+            return dict(file)
+    except InputError:
+        raise
+    except Exception as error:  # NumPy's and Python's readers raise many kinds
+        if isinstance(error, OSError) and error.filename:
+            raise
+        raise InputError(f"{path} is damaged ({str(error).partition(chr(10))[0][:120]}); {mend}") from None
+
+
+def new_npy(path, dtype, shape):
+    """A writable memory map of a new .npy. Its space is taken at once: a full disk is an error here, not a crash later."""
+    array = np.lib.format.open_memmap(path, "w+", dtype, shape)
+    with open(path, "r+b") as file:
+        try:
+            os.posix_fallocate(file.fileno(), 0, os.fstat(file.fileno()).st_size)
+        except OSError as error:
+            raise InputError(f"{path} cannot be written ({error.strerror}); free space, or give another --output") from None
     return array
 
 
@@ -297,35 +397,65 @@ class Store:
         if self.folder is None:
             return *(np.empty(shape, kind) for kind, shape in arrays.values()), 0
         self.folder.mkdir(parents=True, exist_ok=True)
-        state = self.folder / "state.json"
-        first = load_json(state)["done"] if state.exists() and load_json(state)["key"] == self.key else 0
-        if not first:
-            state.unlink(missing_ok=True)
-        self.arrays = [np.lib.format.open_memmap(self.folder / f"{name}.npy", "r+" if first else "w+", kind, shape)
-                       for name, (kind, shape) in arrays.items()]
-        return *self.arrays, first
+        try:
+            self.first = self.resume(arrays)
+        except Exception:  # nothing there yet, or damaged: NumPy's reader of headers raises many kinds
+            self.first = 0
+        if not self.first:
+            (self.folder / "state.json").unlink(missing_ok=True)
+            self.arrays = [new_npy(self.folder / f"{name}.npy", kind, shape) for name, (kind, shape) in arrays.items()]
+            self.digests = [hashlib.sha256() for _ in arrays]
+        return *self.arrays, self.first
+
+    def resume(self, arrays):
+        """Take up what this job left: the number of rows done, 0 if it left nothing or not what it wrote."""
+        state = load_json(self.folder / "state.json", key=str, done=int, digests=list)
+        self.arrays = [np.lib.format.open_memmap(self.folder / f"{name}.npy", "r+") for name in arrays]
+        self.digests = [hashlib.sha256(array[:state["done"]]) for array in self.arrays]
+        same = state["key"] == self.key and [d.hexdigest() for d in self.digests] == state["digests"]
+        fit = all((kind, shape) == (a.dtype, a.shape) for a, (kind, shape) in zip(self.arrays, arrays.values(), strict=True))
+        return state["done"] if same and fit else 0
 
     def done(self, count):
         if self.folder is not None:
-            for array in self.arrays:
+            for array, digest in zip(self.arrays, self.digests, strict=True):
                 array.flush()
-            save_json(self.folder / "state.json", {"key": self.key, "done": count})
+                digest.update(array[self.first:count])
+            self.first = count
+            save_json(self.folder / "state.json", {"key": self.key, "done": count,
+                                                   "digests": [digest.hexdigest() for digest in self.digests]})
 
 
 def save_checkpoint(path, value):
     with atomic(path) as temporary:
-        torch.save(value, temporary)
+        try:
+            torch.save(value, temporary)
+        except RuntimeError as error:  # for want of space, too; without an errno
+            raise OSError(str(error).partition("\n")[0]) from None
 
 
-def load_checkpoint(path):
-    """Tensors and plain values only: a checkpoint that carries code is refused, not run."""
+def load_checkpoint(path, **kinds):
+    """Tensors and plain values only: a checkpoint that carries code is refused, not run. PyTorch does not look at the
+    checksums in the file: they are compared here. `kinds`: types of keys that must be there, e.g. model=dict."""
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
+        if zipfile.is_zipfile(regular(path, most=None)):
+            with zipfile.ZipFile(path) as file:
+                if any(record.compress_type != zipfile.ZIP_STORED for record in file.infolist()):
+                    raise ValueError("compressed, as PyTorch never writes it")
+                if bad := file.testzip():
+                    raise ValueError(f"checksum of {bad}")
+        value = torch.load(path, map_location="cpu", weights_only=True)
+        for key, kind in kinds.items():
+            if not (isinstance(value, dict) and isinstance(value.get(key), kind)):
+                raise ValueError(f"no proper {key!r}")
+        return value
     except FileNotFoundError:
         raise InputError(f"{path} is not there; run train.py first") from None
-    except OSError:
+    except InputError:
         raise
     except Exception as error:  # torch.load raises many kinds for a damaged or foreign file
+        if isinstance(error, OSError) and error.filename:
+            raise
         reason = str(error).strip().partition("\n")[0][:120]
         raise InputError(f"{path} is damaged or no plain checkpoint ({reason}); delete it and run the step again") from None
 

@@ -20,7 +20,7 @@ import numpy as np
 import pandas as pd
 
 from catalogue import ADDED, embedded_by, grow, load_added
-from dataset import check_images, inside, read_csv, read_train
+from dataset import check_images, inside, load_train, read_csv
 from extract import embed_files
 from models import EMBEDDING
 from retrieve import load_runs
@@ -119,7 +119,7 @@ def change(before, new, train, runs, args, device):
 
 def main():
     args = parse_args()
-    device, train, file = pick_device(args.device), read_train(args.input), Path(args.output) / ADDED
+    device, train, file = pick_device(args.device), load_train(args), Path(args.output) / ADDED
     new = read_new(args.csv, args.input) if args.csv else None
     with lock(args.output):
         before, was = load_added(args.output), grow([], args.output, train)[1]

@@ -30,8 +30,8 @@ from dataset import (
     default_workers,
     encode,
     load_folds,
+    load_train,
     make_loader,
-    read_train,
 )
 from extract import embed, run_folder
 from models import EMBEDDING, Model, load_weights
@@ -125,7 +125,7 @@ def train_peer(fold, seed, args):
     augmentation_flags(parser)
     recipe = parser.parse_args([])
     recipe.size = args.size
-    table = read_train(args.input)
+    table = load_train(args)
     classes, labels = encode(table["label"])
     folds = load_folds(args.output, table)
     parts = []

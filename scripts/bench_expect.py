@@ -22,7 +22,7 @@ from expect import expect, known_looks
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as TF
 
-from dataset import Images, default_workers, encode, load_folds, read_solution, read_test, read_train
+from dataset import Images, default_workers, encode, load_folds, load_test, load_train, read_solution
 from extract import embed, load_model
 from retrieve import load_runs
 
@@ -72,7 +72,7 @@ def parse_args():
 def main():
     args = parse_args()
     device = pick_device(args.device)
-    train, test = read_train(args.input), read_test(args.input)
+    train, test = load_train(args), load_test(args)
     truth = read_solution(args.input, test["filename"])
     if truth is None:
         raise InputError(f"{args.input}/solution.csv is not there; without it nothing tells how true an expectation is")

@@ -23,6 +23,7 @@ from utils import (
     normalise,
     pick_device,
     pick_precision,
+    printable,
     progress,
     run,
     script_parser,
@@ -34,7 +35,7 @@ from expect import NEIGHBOURS, class_best, probability
 from torch.utils.data import Dataset
 
 from catalogue import grow
-from dataset import SUFFIXES, check_images, default_workers, encode, make_loader, read_image, read_train, resize
+from dataset import SUFFIXES, check_images, default_workers, encode, load_train, make_loader, read_image, resize
 from extract import embed_pass, load_model
 from models import Model
 from retrieve import UNKNOWN, check_reject_flag, load_runs, reject, reject_flag
@@ -93,7 +94,7 @@ def load(args, device):
     """What labels photographs, loaded once: (runs, gallery). The runs of load_runs, each with its model, its views and the
     inverse norms of its gallery; gallery: DataFrame path, label of their rows."""
     keep_freed_memory()
-    train = read_train(args.input)
+    train = load_train(args)
     runs, gallery = grow(load_runs(args.output, args.runs, train, None), args.output, train)
     for r in runs:
         r["model"] = load_model(Path(args.output) / r["name"], device).eval()
@@ -105,7 +106,7 @@ def load(args, device):
 def load_calibration(output, runs):
     """What scripts/expect.py learned of the confidence of these runs together; None, and a word, where it did not."""
     file = Path(output) / "expected.json"
-    expected = load_json(file) if file.exists() else {"runs": None}
+    expected = load_json(file, runs=dict, calibration=dict) if file.exists() else {"runs": None}
     if expected["runs"] == {r["name"]: r["stamp"]["checkpoint"] for r in runs}:
         return expected["calibration"]
     print(f"no confidence: {file} is not there or of other runs; scripts/expect.py with the same --runs writes it",
@@ -167,7 +168,7 @@ def main():
     number, confidence, similarity, index = classify(photos, runs, labels, len(classes), calibration, args, device)
     strange = np.zeros(len(photos), bool)
     if args.reject:
-        train = read_train(args.input)
+        train = load_train(args)
         strange = reject(load_runs(args.output, args.runs, train, None), runs, train, classes, labels, args, device)
     said = [{"photo": str(photo), "label": UNKNOWN if strange[i] else classes[number[i]],
              "confidence": None if confidence is None or strange[i] else round(float(confidence[i]), 4),
@@ -185,9 +186,9 @@ def main():
     else:
         for row in said:
             sure = "" if row["confidence"] is None else f"  confidence {row['confidence']:.2f}"
-            print(f"{row['photo']}: {row['label']}{sure}")
+            print(printable(f"{row['photo']}: {row['label']}{sure}"))
             for n in row["neighbours"]:
-                print(f"    {n['similarity']:.3f}  {n['label']}  {n['path']}")
+                print(printable(f"    {n['similarity']:.3f}  {n['label']}  {n['path']}"))
 
 
 if __name__ == "__main__":

@@ -14,10 +14,11 @@ import cv2
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from utils import InputError, atomic, run, script_parser
+from utils import atomic, run, script_parser
 
 from catalogue import grow
-from dataset import read_csv, read_image, read_solution, read_train, resize
+from dataset import load_train, read_csv, read_image, read_solution, resize
+from retrieve import load_neighbours
 
 GREEN, RED, GREY, INK = (46, 160, 67), (207, 60, 50), (140, 140, 140), (40, 40, 40)
 
@@ -52,13 +53,11 @@ def caption(width, texts, step):
 def main():
     args = parse_args()
     source, output = Path(args.input), Path(args.output)
-    for name in ("neighbours.npz", "submission.csv"):
-        if not (output / name).exists():
-            raise InputError(f"{output / name} is not there; run retrieve.py first")
-    gallery = grow([], output, read_train(source))[1]
+    gallery = grow([], output, load_train(args))[1]
     submission = read_csv(output / "submission.csv", ["filename", "prediction"])
-    with np.load(output / "neighbours.npz") as file:
-        similarity, index = file["similarity"], file["index"]
+    similarity, index = load_neighbours(output, len(submission), gallery.index.max() + 1)
+    good = index[:, 0] >= 0  # the others are in bad_images.csv
+    submission, similarity, index = submission[good].reset_index(drop=True), similarity[good], index[good]
     truth = read_solution(source, submission["filename"])
     rows = []
     for i in np.sort(np.random.default_rng(args.seed).permutation(len(submission))[:args.rows]):

@@ -19,7 +19,7 @@ import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from utils import InputError, accuracy, atomic, load_json, pick_device, run, save_json, script_parser
+from utils import InputError, accuracy, atomic, file_fingerprint, load_json, pick_device, run, save_json, script_parser
 
 import numpy as np
 import torch
@@ -30,7 +30,19 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.model_selection import StratifiedKFold, cross_val_score
 
 from catalogue import grow
-from dataset import encode, folds_by, load_folds, make_look_folds, read_csv, read_solution, read_test, read_train
+from dataset import (
+    encode,
+    folds_by,
+    has_test,
+    load_folds,
+    load_test,
+    load_train,
+    make_look_folds,
+    read_csv,
+    read_solution,
+    read_test,
+    with_bad,
+)
 from retrieve import UNKNOWN, load_runs
 from search import Joined, topk
 
@@ -236,7 +248,9 @@ def submitted(args, test, trained, classes, runs):
     """(vote, its class numbers of the test images [n], -1 for rejected ones, and out-of-fold [N] or None) of the submission.
     Test images have the `classes` of the gallery, training images those of train.csv, `trained`."""
     output, number, before = Path(args.output), *({label: i for i, label in enumerate(c)} for c in (classes, trained))
-    scores, table = load_json(output / "scores.json"), read_csv(output / "submission.csv", ["filename", "prediction"])
+    scores = load_json(output / "scores.json", runs=dict, vote=str)
+    table = read_csv(output / "submission.csv", ["filename", "prediction"])
+    table = table[table["filename"].isin(test["filename"])].reset_index(drop=True)  # less those in bad_images.csv
     if scores["runs"] != {r["name"]: r["stamp"]["checkpoint"] for r in runs} or not table["filename"].equals(test["filename"]):
         raise InputError(f"{output}/submission.csv is of other runs or test images than there are now; run retrieve.py again")
     if scores["vote"] == "nearest" or folds_by(output) == "random" or not (output / "oof.csv").exists():
@@ -251,16 +265,16 @@ def main():
     device = pick_device(args.device)
     for name in ("confidence.csv", "expected.json"):
         (Path(args.output) / name).unlink(missing_ok=True)
-    if not (Path(args.input) / "sample_submission.csv").exists():
+    if not has_test(args.input):
         print("no test images, nothing to expect")
         return
-    train, test = read_train(args.input), read_test(args.input)
+    train, good, test = load_train(args), load_test(args), read_test(args.input, args.allow_outside)
     scores = Path(args.output) / "scores.json"
     nearest = args.runs or not scores.exists()
-    runs = load_runs(args.output, args.runs if nearest else list(load_json(scores)["runs"]), train, test)
+    runs = load_runs(args.output, args.runs if nearest else list(load_json(scores, runs=dict)["runs"]), train, good)
     grown, gallery = grow(runs, args.output, train)
     (trained, labels), (classes, numbers) = encode(train["label"]), encode(gallery["label"])
-    vote, said, held = ("nearest", None, None) if nearest else submitted(args, test, trained, classes, runs)
+    vote, said, held = ("nearest", None, None) if nearest else submitted(args, good, trained, classes, runs)
     if not any(str(r["fold"]).isdecimal() for r in runs):
         print("no run held images out, so nothing is known of the accuracy to expect; train runs of folds, not of 'all'")
         return
@@ -268,8 +282,13 @@ def main():
     part = known_looks(args.output, train, fold)
     confidence, number, similarity, figures = expect(runs, fold, part, labels, grown, numbers, args, device, said, held)
 
+    number = with_bad(test, good, number, np.bincount(numbers).argmax())  # images in bad_images.csv: as retrieve.py labels them
+    confidence, similarity = with_bad(test, good, confidence, 0), with_bad(test, good, similarity, 0)
+    share = len(good) / len(test)
+    figures |= {name: round(figures[name] * share, 4) for name in ("expected", "low", "high")}
     table = test[["filename"]].assign(prediction=np.array(classes, object)[number], confidence=confidence.round(4),
                                       similarity=similarity.round(4))
+    said = None if said is None else with_bad(test, good, said, 0)
     if said is not None and (said < 0).any():
         table.loc[said < 0, ["prediction", "confidence"]] = UNKNOWN, 0.0
         print(f"{(said < 0).sum()} of {len(said)} test images are rejected; the expectation is of all, those by their nearest")
@@ -278,6 +297,7 @@ def main():
     figures["true"] = None if truth is None else round(float((table["prediction"] == truth).mean()), 4)
     with atomic(Path(args.output) / "confidence.csv") as temporary:
         table.to_csv(temporary, index=False)
+    figures["confidence_csv"] = file_fingerprint(Path(args.output) / "confidence.csv")
     save_json(Path(args.output) / "expected.json", figures)
     print(f"held out {figures['held_out']:.2f} ({figures['held_out_other_looks']:.2f} against other looks); on these "
           f"test images expect {figures['expected']:.2f} ({figures['low']:.2f}-{figures['high']:.2f}) of the vote {vote}")

@@ -30,7 +30,7 @@ from utils import InputError, lock, pick_device, progress, run, save_json, scrip
 import numpy as np
 from summary import table as markdown
 
-from dataset import read_test, read_train, train_fingerprint
+from dataset import load_test, load_train, train_fingerprint
 from retrieve import load_runs
 from search import Joined, topk
 from votes import blocks
@@ -254,8 +254,8 @@ def whole_folder(path):
 def main():
     args = parse_args()
     device = pick_device(args.device)
-    train = read_train(args.input)
-    test = read_test(args.input) if (Path(args.input) / "sample_submission.csv").exists() else None
+    train = load_train(args)
+    test = load_test(args)
     runs = load_runs(args.output, args.runs, train, test)
     gallery = Joined([r["train"] for r in runs])
     if test is None:

@@ -25,7 +25,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from dataset import read_image, read_train
+from dataset import load_train, read_image
 from extract import load_model
 
 ALIKE = 1e-3  # largest difference that the check lets pass between ONNX Runtime and PyTorch
@@ -92,7 +92,7 @@ def main():
     folder = Path(args.output) / args.run
     if not (folder / "extract.json").exists():
         raise InputError(f"{folder} has no embeddings; run train.py and extract.py first")
-    stamp, train = load_json(folder / "extract.json"), read_train(args.input)
+    stamp, train = load_json(folder / "extract.json"), load_train(args)
     model = Embedder(load_model(folder, torch.device("cpu")), stamp["sizes"]).eval()
     rows = np.linspace(0, len(train) - 1, min(args.n, len(train))).astype(int)
     photographs = [read_image(Path(args.input) / train["path"][row]) for row in rows]

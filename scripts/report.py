@@ -23,8 +23,8 @@ import pandas as pd
 from sklearn.decomposition import PCA
 
 from catalogue import grow
-from dataset import load_folds, read_csv, read_image, read_solution, read_train, resize
-from retrieve import load_runs
+from dataset import bad_images, has_test, load_folds, load_train, read_csv, read_image, read_solution, resize
+from retrieve import load_neighbours, load_runs
 from search import Joined, topk
 
 SIDE, NEAR = 110, 5  # pixels of a picture on the page; neighbours shown
@@ -92,13 +92,16 @@ def curves(output, runs):
     for r in runs:
         log = output / r["name"] / "log.csv"
         if log.exists():
-            table = pd.read_csv(log)
-            points = {key: table[["epoch", name]].dropna().values.tolist()
-                      for key, name in [("accuracy", "retrieval_acc"), ("loss", "train_loss")]}
-            kept = table[table["retrieval_acc"] == table["retrieval_acc"].max()][["head_acc", "retrieval_acc"]].values.tolist()
+            try:
+                table = pd.read_csv(log)
+                points = {key: table[["epoch", name]].dropna().astype(float).values.tolist()
+                          for key, name in [("accuracy", "retrieval_acc"), ("loss", "train_loss")]}
+                best = table[table["retrieval_acc"] == table["retrieval_acc"].max()]
+                kept, seconds = best[["head_acc", "retrieval_acc"]].astype(float).values.tolist(), float(table["seconds"].sum())
+            except (KeyError, ValueError, TypeError) as error:
+                raise InputError(f"{log} is damaged ({error}); delete it; train.py writes it anew") from None
             head, nearest = kept[-1] if kept else (None, None)
-            result.append({"name": r["name"], "head": head, "nearest": nearest, "time": duration(table["seconds"].sum()),
-                           **points})
+            result.append({"name": r["name"], "head": head, "nearest": nearest, "time": duration(seconds), **points})
     return result
 
 
@@ -145,22 +148,25 @@ def tiles(output, scores, expected, runs):
 def main():
     args = parse_args()
     source, output, device = Path(args.input), Path(args.output), pick_device(args.device)
-    if not (source / "sample_submission.csv").exists():
+    if not has_test(source):
         print("no test images, nothing to report")
         return
     for name in ("submission.csv", "neighbours.npz", "scores.json"):
         if not (output / name).exists():
             raise InputError(f"{output / name} is not there; run retrieve.py first")
-    train, table = read_train(source), read_csv(output / "submission.csv", ["filename", "prediction"])
-    runs = load_runs(output, list(load_json(output / "scores.json")["runs"]), train, table)
+    train, table = load_train(args), read_csv(output / "submission.csv", ["filename", "prediction"])
     gallery = grow([], output, train)[1]
-    expected = load_json(output / "expected.json") if (output / "expected.json").exists() else None
-    with np.load(output / "neighbours.npz") as file:
-        similarity, index = file["similarity"][:, :NEAR], file["index"][:, :NEAR]
+    near = load_neighbours(output, len(table), gallery.index.max() + 1)
+    good = ~table["filename"].isin(bad_images(output, "test")).to_numpy()
+    table, (similarity, index) = table[good].reset_index(drop=True), (part[good, :NEAR] for part in near)
+    scores = load_json(output / "scores.json", runs=dict, vote=str)
+    runs = load_runs(output, list(scores["runs"]), train, table)
+    expected = load_json(output / "expected.json", expected=float) if (output / "expected.json").exists() else None
     truth = read_solution(source, table["filename"])
     table = table.assign(truth=truth, similarity=similarity[:, 0], confidence=np.nan)
     if (output / "confidence.csv").exists():
         sure = read_csv(output / "confidence.csv", ["filename", "prediction", "confidence"])
+        sure = sure[sure["filename"].isin(table["filename"])].reset_index(drop=True)
         if sure["filename"].equals(table["filename"]):  # expect.py --runs: another label may be meant
             agree = sure["prediction"] == table["prediction"]
             table["confidence"] = pd.to_numeric(sure["confidence"]).where(agree)
@@ -172,7 +178,7 @@ def main():
     histogram, dots = shift(runs, load_folds(output, train) if (output / "folds.csv").exists() else None, device, args.seed)
     page = {
         "title": f"{len(table)} photographs, {gallery['label'].nunique()} labels, {len(gallery)} gallery images",
-        "tiles": tiles(output, load_json(output / "scores.json"), expected, runs),
+        "tiles": tiles(output, scores, expected, runs),
         "chosen": f"{len(chosen)} of {len(table)} photographs: the least confident, the least like any training image, wrong "
                   "ones where the answers are known, and some at random.",
         "queries": [{"file": table["filename"][i], "thumb": photo, "label": table["prediction"][i], "truth": table["truth"][i],

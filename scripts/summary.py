@@ -19,7 +19,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from utils import duration, pick_device, run, save_text, script_parser
 
 from catalogue import grow
-from dataset import encode, load_folds, read_solution, read_test, read_train
+from dataset import encode, load_folds, load_test, load_train, read_solution, read_test, with_bad
 from retrieve import (
     DEFAULT_VOTES,
     VOTES,
@@ -68,10 +68,10 @@ def table(rows, columns):
 def main():
     args = parse_args()
     device = pick_device(args.device)
-    train = read_train(args.input)
-    test = read_test(args.input) if (Path(args.input) / "sample_submission.csv").exists() else None
+    train, good = load_train(args), load_test(args)
+    test = None if good is None else read_test(args.input, args.allow_outside)
     truth = None if test is None else read_solution(args.input, test["filename"])
-    runs = load_runs(args.output, None, train, test)
+    runs = load_runs(args.output, None, train, good)
     grown, gallery = grow(runs, args.output, train)
     (trained, labels), (classes, numbers) = encode(train["label"]), encode(gallery["label"])
     number = {label: i for i, label in enumerate(classes)}
@@ -86,6 +86,7 @@ def main():
             results.append(("out-of-fold", score(label_oof(members, fold, labels, len(trained), args, votes, device), labels)))
         if truth is not None:
             said = label_test(grow(members, args.output, train)[0], numbers, len(classes), args, votes, device)[0]
+            said = {vote: with_bad(test, good, x, np.bincount(numbers).argmax()) for vote, x in said.items()}
             results.append(("test", score(said, np.array([number.get(label, -2) for label in truth]))))
         lines += [[title, split, *(f"{result[vote]:.4f}" for vote in votes)] for split, result in results if result]
     shutil.rmtree(scratch(args), ignore_errors=True)

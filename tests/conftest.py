@@ -8,6 +8,8 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 
+import utils  # noqa: F401  it bounds the images that cv2 reads
+
 import cv2
 import numpy as np
 import pandas as pd
