@@ -281,6 +281,9 @@ def load_file(model, path):
         name = odd[0]
         raise InputError(f"--weights {path} does not fit this network: {len(odd)} tensors differ, the first {name} "
                          f"({want.get(name, 'missing')} in the file, {have.get(name, 'none')} here); is --arch right?")
+    bad = next((name for name, tensor in state.items() if not tensor.isfinite().all()), None)
+    if bad:
+        raise InputError(f"--weights {path}: {bad} is NaN or infinite; the training that wrote it had failed")
     target.load_state_dict(state, strict=False)
     return f"{kind} {path}", part
 

@@ -8,7 +8,7 @@
 #
 # --archs and --folds list the runs; --input, --output name the folders; --rounds 2 trains once more, in output/round2, with
 # the confident test images of the first round; --cards "0 2" takes these cards only (default all, or CUDA_VISIBLE_DEVICES);
-# --folds-only draws the demo and the folds and stops; every other flag goes to train.py as it is.
+# --folds-only draws the demo and the folds and stops; every other flag goes to train.py (--allow-outside to all scripts).
 set -uo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")" || exit 2
 

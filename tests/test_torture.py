@@ -27,6 +27,7 @@ from dataset import (
     read_train,
 )
 from extract import embed, is_finished
+from models import Model, load_weights
 from search import Store, topk
 
 
@@ -222,6 +223,14 @@ def test_compressed_checkpoints_and_archives_as_npy_are_refused(tmp_path):
     np.savez(tmp_path / "a.npz", a=np.zeros(3))
     with pytest.raises(InputError, match=r"a\.npz is damaged"):
         load_npy(tmp_path / "a.npz")
+
+
+def test_weights_that_are_nan_are_refused(tmp_path):
+    model = Model("test_nfnet", 3)
+    model.neck[0].weight.data[0, 0] = torch.nan
+    torch.save(model.state_dict(), tmp_path / "nan.pt")
+    with pytest.raises(InputError, match=r"nan\.pt: neck\.0\.weight is NaN"):
+        load_weights(Model("test_nfnet", 3), "test_nfnet", str(tmp_path / "nan.pt"))
 
 
 def test_a_zero_embedding_is_caught_with_its_file(data):
