@@ -5,6 +5,8 @@ import shutil
 from pathlib import Path
 from types import SimpleNamespace
 
+from utils import load_json, save_json
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -143,5 +145,5 @@ def test_a_product_of_the_name_unknown_and_runs_that_held_nothing_out_are_refuse
     assert "'unknown' is a label" in script("retrieve.py", *flags, "--reject", 0.1, code=2).stderr
     script("scripts/add_products.py", "--remove", "unknown", *flags)
     for stamp in output.glob("*/fold*/extract.json"):
-        stamp.write_text(json.dumps(json.loads(stamp.read_text()) | {"fold": "all"}))
+        save_json(stamp, load_json(stamp) | {"fold": "all"})
     assert "held images out" in script("retrieve.py", *flags, "--reject", 0.1, code=2).stderr

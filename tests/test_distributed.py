@@ -36,6 +36,7 @@ def stopped_after_first_epoch(finished, output):
     folder.mkdir(parents=True)
     shutil.copy(finished / "args.json", folder)
     shutil.copy(finished / "epoch1.pt", folder / "last.pt")
+    shutil.copy(finished / "best.pt", folder)
     shutil.copy(finished.parent.parent / "folds.csv", output)
 
 

@@ -4,6 +4,8 @@ import json
 import shutil
 import sys
 
+from utils import load_json, save_json
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -131,14 +133,14 @@ def test_the_expectation_is_of_the_submitted_vote(data, output, tmp_path):
     folds.assign(by="look").to_csv(output / "folds.csv", index=False)
     script("retrieve.py", "--input", data, "--output", output, "--vote", "head")
     script("scripts/expect.py", "--input", data, "--output", output)
-    table, scores = pd.read_csv(output / "confidence.csv", dtype=str), json.loads((output / "scores.json").read_text())
+    table, scores = pd.read_csv(output / "confidence.csv", dtype=str), load_json(output / "scores.json")
     assert table["prediction"].tolist() == pd.read_csv(output / "submission.csv", dtype=str)["prediction"].tolist()
     assert json.loads((output / "expected.json").read_text())["vote"] == "head"
     held = pd.read_csv(output / "oof.csv", dtype=str).dropna()
     assert (held["prediction"] == held["label"]).mean() == pytest.approx(scores["oof"]["head"], abs=1e-4)
     scores["runs"].popitem()
     scores["runs"]["test_efficientnet/fold0"] = "retrained"
-    (output / "scores.json").write_text(json.dumps(scores))
+    save_json(output / "scores.json", scores)
     assert "run retrieve.py again" in script("scripts/expect.py", "--input", data, "--output", output, code=2).stderr
 
 

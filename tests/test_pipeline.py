@@ -9,7 +9,7 @@ import subprocess
 import sys
 import time
 
-from utils import load_checkpoint
+from utils import load_checkpoint, load_json
 
 import numpy as np
 import pandas as pd
@@ -294,7 +294,7 @@ def test_retrieve_writes_the_submission_in_its_order(data, output):
     sample, done = (pd.read_csv(p, dtype=str) for p in (data / "sample_submission.csv", output / "submission.csv"))
     assert done.columns.tolist() == sample.columns.tolist() and done["filename"].equals(sample["filename"])
     truth = pd.read_csv(data / "solution.csv", dtype=str).set_index("filename")["label"][done["filename"]].to_numpy()
-    scores = json.loads((output / "scores.json").read_text())
+    scores = load_json(output / "scores.json")
     assert scores == json.loads(said.stdout)
     assert scores["test"][scores["vote"]] == pytest.approx((done["prediction"].to_numpy() == truth).mean(), abs=1e-4)
     neighbours = np.load(output / "neighbours.npz")

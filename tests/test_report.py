@@ -5,6 +5,8 @@ import json
 import shutil
 from pathlib import Path
 
+from utils import load_json, save_json
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -84,11 +86,12 @@ def renamed(data, output, tmp_path):
     source, output = shutil.copytree(data, tmp_path / "d"), shutil.copytree(output, tmp_path / "renamed")
     for folder, name in [(source, "train"), (source, "sample_submission"), (source, "solution"), (output, "folds")]:
         table = pd.read_csv(folder / f"{name}.csv", dtype=str)
-        table.replace({"tube": HOSTILE[0], "q00.jpg": HOSTILE[1]}).to_csv(folder / f"{name}.csv", index=False)
+        table = table.replace({"tube": HOSTILE[0], "q00.jpg": HOSTILE[1]})
+        table.drop(columns="check", errors="ignore").to_csv(folder / f"{name}.csv", index=False)
     (source / "test" / "q00.jpg").rename(source / "test" / HOSTILE[1])
     for stamp in output.glob("*/*/extract.json"):
         mine = {"train": dataset.train_fingerprint(read_train(source)), "test": dataset.test_fingerprint(read_test(source))}
-        stamp.write_text(json.dumps(json.loads(stamp.read_text()) | mine))
+        save_json(stamp, load_json(stamp) | mine | {"held_out": None})
     for name in ("retrieve", "scripts/expect", "scripts/report"):
         script(f"{name}.py", "--input", source, "--output", output)
     return source, output
