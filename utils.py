@@ -88,6 +88,7 @@ def run(main):
     """Call main() as a script: user errors are a sentence and code 2, Ctrl-C and SIGTERM a line and code 130. Under torchrun
     the first process prints; the first that fails says why, and the others, which then fail for want of it, end silently."""
     signal.signal(signal.SIGTERM, interrupt)
+    signal.signal(signal.SIGALRM, interrupt)
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):  # a file name that is no UTF-8, a terminal that knows no Korean
             stream.reconfigure(errors="backslashreplace")
@@ -102,6 +103,8 @@ def run(main):
             raise
         said, code = f"error: {printable(error.filename or 'output')}: {error.strerror}; {TO_DO}", 2
     except KeyboardInterrupt:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # schedulers send it to all processes of a job and to its shell again
+        signal.alarm(0)
         said, code = INTERRUPTED, 130
     except Exception:
         if not dist.is_initialized():
@@ -119,8 +122,9 @@ def run(main):
 
 
 def interrupt(number, frame):
-    """SIGTERM ends a script as Ctrl-C does. Schedulers may send several: those that follow shall not disturb the ending."""
-    signal.signal(number, signal.SIG_IGN)
+    """SIGTERM ends a script as Ctrl-C does. Python drops an exception that a signal raises inside a callback (of a fork, of a
+    deletion): so once more in 3 seconds, until the script ends."""
+    signal.alarm(3)
     raise KeyboardInterrupt
 
 

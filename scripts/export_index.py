@@ -132,7 +132,7 @@ class LanceDb:
     parameter, efforts = "nprobes", [4, 16, 64, "exact"]
 
     def build(self, folder, gallery, table):
-        lancedb, pa = need("lancedb", "lancedb"), need("pyarrow", "lancedb")
+        lancedb, index, pa = (need(module, "lancedb") for module in ("lancedb", "lancedb.index", "pyarrow"))
         enough_for_codes(len(gallery), "lancedb")
         width = gallery.shape[1]
         self.settings = {"index": "IVF_PQ", "lists": lists(len(gallery)), "codes": width // 8, "refine_factor": REFINE}
@@ -146,7 +146,8 @@ class LanceDb:
                 yield pa.RecordBatch.from_arrays([vectors, pa.array(np.arange(len(gallery))[part]), *texts], schema=schema)
 
         self.table = lancedb.connect(folder).create_table("gallery", batches(), schema=schema)
-        self.table.create_index("cosine", num_partitions=self.settings["lists"], num_sub_vectors=width // 8)
+        codes = index.IvfPq(distance_type="cosine", num_partitions=self.settings["lists"], num_sub_vectors=width // 8)
+        self.table.create_index("vector", config=codes)
 
     def search(self, queries, k, effort):
         index = np.full((len(queries), k), -1)

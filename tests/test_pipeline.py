@@ -117,6 +117,28 @@ def test_ctrl_c_and_sigterm_say_one_line(data, tmp_path):
         assert process.returncode == 130 and error.startswith("interrupted") and len(error.splitlines()) == 1, error
 
 
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+def test_sigterm_in_a_callback_that_drops_exceptions_still_ends_the_script(capsys):
+    import utils
+
+    class Dropping:
+        def __del__(self):
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(0)
+
+    def main():
+        Dropping()
+        time.sleep(30)
+
+    before = [(number, signal.getsignal(number)) for number in (signal.SIGTERM, signal.SIGALRM)]
+    start = time.time()
+    with pytest.raises(SystemExit) as end:
+        utils.run(main)
+    for number, handler in before:
+        signal.signal(number, handler)
+    assert end.value.code == 130 and time.time() - start < 20 and "interrupted" in capsys.readouterr().err
+
+
 def test_a_run_that_failed_before_its_first_epoch_takes_other_arguments(data, tmp_path):
     script("train.py", "--arch", "test_nfnet", "--fold", 0, "--input", data, "--output", tmp_path, "--size", 32, code=2)
     train(data, tmp_path, "test_nfnet", 0, "--epochs", "1")
@@ -455,5 +477,5 @@ def test_run_all_says_what_is_missing_and_refuses_a_second_copy(data, tmp_path):
     assert "--rounds two" in run_all("--rounds", "two", *flags, code=2).stderr
     assert "another run_all.sh is at work" in run_all(*flags, code=2).stderr
     os.kill(first.pid, signal.SIGTERM)
-    rest = first.communicate(timeout=30)[0]
+    rest = first.communicate(timeout=120)[0]
     assert first.returncode == 130 and rest.count("interrupted") == 2 and not (tmp_path / "o/test_nfnet/fold2").exists()
