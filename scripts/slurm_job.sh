@@ -30,6 +30,6 @@ rm -f "$begun"
 if [[ $late && $code != 0 ]]; then
     trap '' TERM
     [[ $done ]] && scontrol requeue "$job" && exit "$code"
-    echo "error: the time was up before a single epoch was done; give a longer one: -- --time=HH:MM:SS" >&2
+    echo "error: the time was up before one epoch (or step) was done; give a longer one: -- --time=HH:MM:SS" >&2
 fi
 exit "$code"
