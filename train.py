@@ -76,7 +76,7 @@ HINT = ("the checkpoint of the last finished epoch is kept. Try a lower --lr, --
         "--precision fp32, with --restart")
 
 
-def parse_args():
+def parse_args(argv=None):
     parser = script_parser(__doc__)
     add = parser.add_argument
     add("--arch", required=True, help="any timm name, e.g. nfnet_l0, tf_efficientnet_b1.ns_jft_in1k")
@@ -131,7 +131,7 @@ def parse_args():
     add("--restart", action="store_true", help="throw an earlier run in this folder away")
     add("--folds-only", action="store_true", help="check the data, draw output/folds.csv as this run would, and stop: for "
         "runs that then start side by side")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     if args.fold != "all" and not (args.fold.isdecimal() and int(args.fold) < args.n_folds):
         parser.error(f"--fold {args.fold}: give 0 .. {args.n_folds - 1}, or all")
     args.test_size = args.test_size or [args.size]

@@ -488,9 +488,12 @@ def lock(folder, wait=False):
     folder.mkdir(parents=True, exist_ok=True)
     with open(folder / ".lock", "w") as file:
         try:
-            fcntl.lockf(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise InputError(f"{folder}: another process is at work there; wait for it or stop it") from None
+            if not wait:
+                raise InputError(f"{folder}: another process is at work there; wait for it or stop it") from None
+            print(f"{folder}: another process is at work there, waiting for it", flush=True)
+            fcntl.lockf(file, fcntl.LOCK_EX)
         yield
 
 

@@ -160,8 +160,9 @@ def test_other_arguments_are_refused_by_name_and_restart_begins_anew(data, outpu
     assert "epoch 1/1" in anew.stdout
 
 
-def test_no_number_of_workers_changes_the_result(data, output, tmp_path):
-    train(data, tmp_path, "test_efficientnet", 0, "--workers", "0")
+def test_neither_the_number_of_workers_nor_the_cache_changes_the_result(data, output, tmp_path):
+    assert (data / ".cache" / "32-squash.json").exists()
+    train(data, tmp_path, "test_efficientnet", 0, "--workers", "0", "--no-cache")
     assert same(weights(tmp_path / "test_efficientnet" / "fold0"), weights(output / "test_efficientnet" / "fold0"))
 
 
@@ -279,7 +280,7 @@ def test_extraction_killed_inside_a_pass_goes_on_there(data, output, tmp_path):
     flags = ["--input", data, "--output", tmp_path / "o", "--arch", "test_nfnet", "--precision", "fp32", "--batch-size", "8",
              "--workers", "0"]
     (run / "extract.json").unlink()
-    script("extract.py", *flags)
+    script("extract.py", *flags, "--no-cache")
     undisturbed = [(run / f"{name}.npy").read_bytes() for name in ("train", "test")]
     (run / "extract.json").unlink()
     for count, part, rows in ((2, "train", 16), (2, "test", 8)):
