@@ -18,6 +18,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from utils import (
     InputError,
+    Store,
     keep_freed_memory,
     load_json,
     normalise,
@@ -32,7 +33,7 @@ from utils import (
 import numpy as np
 import torch
 from expect import NEIGHBOURS, class_best, probability
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, default_collate
 
 from catalogue import grow
 from dataset import SUFFIXES, check_images, default_workers, encode, load_train, make_loader, read_image, resize
@@ -119,10 +120,14 @@ def embed_all(photos, runs, device, batch_size):
     views = list(dict.fromkeys(view for r in runs for view in r["views"]))
     workers = default_workers() if len(photos) > batch_size else 0  # to start a process takes longer than a photo
     with progress(None, "photographs", len(photos)) as bar:
-        for batches, zeros in make_loader(Views(photos, views), batch_size, workers, device):
+        for batches, zeros in make_loader(Views(photos, views), batch_size, workers, device, default_collate):
             images = {view: list(zip(batch, zeros, strict=True)) for view, batch in zip(views, batches, strict=True)}
-            yield [np.mean([embed_pass(r["model"], images[view], device, pick_precision(r["stamp"]["precision"], device),
-                                       batch_size, 0, r["name"], Model.forward) for view in r["views"]], 0) for r in runs]
+            result = []
+            for r in runs:
+                precision = pick_precision(r["stamp"]["precision"], device)
+                result.append(np.mean([embed_pass(r["model"], images[view], device, precision, batch_size, 0, r["name"],
+                                                  Model.forward, Store()) for view in r["views"]], 0))
+            yield result
             bar.update(len(zeros))
 
 
