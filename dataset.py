@@ -371,8 +371,8 @@ class Cache:
         self.found = {}  # (size, how) -> {file: row}, as far as this process has looked at the files
 
     def files(self, folder, names):
-        prefix = os.path.relpath(folder, self.root)
-        return [os.path.normpath(f"{prefix}/{name}") for name in names]
+        prefix = Path(os.path.relpath(folder, self.root))
+        return [os.path.normpath(prefix / name) for name in names]
 
     def add(self, folder, names, sizes, how):
         """Decode what is not there yet at these sizes, on all cores; where there is no room, say so and leave it out. Under

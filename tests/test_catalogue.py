@@ -110,7 +110,7 @@ def test_rejected_photographs_are_unknown(data, output):
     by_name = {row["photo"].rsplit("/", 1)[1]: row for row in rows}
     assert [by_name[name]["label"] for name in table["filename"]] == table["prediction"].tolist()
     assert all(by_name[name]["confidence"] is None for name in rejected[2])
-    recipe = json.loads((output / "test_nfnet" / "fold1" / "args.json").read_text())
+    recipe = load_json(output / "test_nfnet" / "fold1" / "args.json")
     left = {"recipes": {"test_nfnet/fold1": recipe}, "strangeness": [0.0] * 99}
     (output / "left_out.json").write_text(json.dumps(left))
     assert "leave_out.py" not in script("retrieve.py", *flags, "--reject", 0.95).stderr

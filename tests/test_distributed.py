@@ -108,10 +108,13 @@ def test_joint_batch_norm_is_batch_norm_of_the_whole_batch(runs, name):
 
 
 def test_two_processes_extract_what_one_does(runs, data, output, tmp_path):
-    """Bit for bit: whole batches go to a process, and a batch of one process is a batch of two."""
+    """Bit for bit, one thread each: whole batches go to a process, and a batch of one process is a batch of two."""
     shutil.copytree(output, tmp_path / "one")
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
     script("extract.py", "--input", data, "--output", tmp_path / "one", "--batch-size", 5, "--precision", "fp32", "--workers",
            1, "--test-size", 32, 40)
+    torch.set_num_threads(threads)
     for run in ("test_efficientnet/fold0", "test_nfnet/fold1"):
         for name in ("train.npy", "test.npy", "head.npy", "extract.json"):
             one, two = (folder / run / name for folder in (tmp_path / "one", runs["extracted"]))

@@ -1,5 +1,6 @@
 """The real scripts on a few generated images: train, kill, resume, extract, retrieve; two runs through run_all.sh."""
 
+import hashlib
 import importlib.util
 import json
 import os
@@ -9,7 +10,7 @@ import subprocess
 import sys
 import time
 
-from utils import load_checkpoint, load_json
+from utils import load_checkpoint, load_json, save_json
 
 import numpy as np
 import pandas as pd
@@ -291,8 +292,11 @@ def test_extraction_killed_inside_a_pass_goes_on_there(data, output, tmp_path):
     script("extract.py", *flags)
     assert [(run / f"{name}.npy").read_bytes() for name in ("train", "test")] == undisturbed and not (run / ".extract").exists()
     run = tmp_path / "marked" / "test_nfnet" / "fold1"
-    for part in ("train", "test"):
-        np.load(run / ".extract" / f"{part}0" / "32" / "embedding.npy", mmap_mode="r+")[0] = 7
+    for part in ("train", "test"):  # marked as by extract.py, which would see a changed number
+        piece = run / ".extract" / f"{part}0" / "32"
+        (array := np.load(piece / "embedding.npy", mmap_mode="r+"))[0] = 7
+        state = load_json(piece / "state.json")
+        save_json(piece / "state.json", state | {"digests": [hashlib.sha256(array[:state["done"]]).hexdigest()]})
     flags[3] = tmp_path / "marked"
     script("extract.py", *flags)
     for part, before in zip(("train", "test"), undisturbed, strict=True):

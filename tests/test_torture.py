@@ -126,9 +126,10 @@ def test_a_damaged_search_begins_anew(tmp_path):
     x = np.random.default_rng(0).normal(size=(50, 8)).astype(np.float32)
     right = topk(x, x, 3)
     topk(x, x, 3, store=Store(tmp_path, "key"))
-    assert Store(tmp_path, "key").open(50, 3)[2] == 50
+    arrays = {"similarity": (np.float32, (50, 3)), "index": (np.int64, (50, 3))}
+    assert Store(tmp_path, "key").open(**arrays)[2] == 50
     flip(tmp_path / "index.npy", -40)
-    assert Store(tmp_path, "key").open(50, 3)[2] == 0
+    assert Store(tmp_path, "key").open(**arrays)[2] == 0
     assert all(np.array_equal(a, b) for a, b in zip(topk(x, x, 3, store=Store(tmp_path, "key")), right, strict=True))
 
 
@@ -237,6 +238,8 @@ def test_a_zero_embedding_is_caught_with_its_file(data):
     names = read_train(data)["path"]
 
     class Zero(torch.nn.Module):
+        neck = (torch.nn.Linear(4, 4),)
+
         def forward(self, images):
             return torch.zeros(len(images), 4)
 
