@@ -374,7 +374,7 @@ def test_folds_that_see_a_shift_choose_the_vote(data, output, tmp_path):
 def test_torchrun_gives_the_same_submission(data, output, tmp_path):
     for folder in ("one", "two"):
         shutil.copytree(output, tmp_path / folder)
-    flags = ["--input", data, "--vote", "propagation", "--output"]
+    flags = ["--input", data, "--vote", "propagation", "--reject", "0.5", "--output"]
     script("retrieve.py", *flags, tmp_path / "one")
     subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2",
                     ROOT / "retrieve.py", *flags, tmp_path / "two"], check=True, timeout=120)
