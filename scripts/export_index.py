@@ -135,7 +135,8 @@ class LanceDb:
         lancedb, index, pa = (need(module, "lancedb") for module in ("lancedb", "lancedb.index", "pyarrow"))
         enough_for_codes(len(gallery), "lancedb")
         width = gallery.shape[1]
-        self.settings = {"index": "IVF_PQ", "lists": lists(len(gallery)), "codes": width // 8, "refine_factor": REFINE}
+        count = max(1, min(lists(len(gallery)), len(gallery) // 256))  # LanceDB learns no more lists than that
+        self.settings = {"index": "IVF_PQ", "lists": count, "codes": width // 8, "refine_factor": REFINE}
         schema = pa.schema([("vector", pa.list_(pa.float32(), width)), ("row", pa.int64()), ("path", pa.string()),
                             ("label", pa.string())])
 
@@ -146,7 +147,7 @@ class LanceDb:
                 yield pa.RecordBatch.from_arrays([vectors, pa.array(np.arange(len(gallery))[part]), *texts], schema=schema)
 
         self.table = lancedb.connect(folder).create_table("gallery", batches(), schema=schema)
-        codes = index.IvfPq(distance_type="cosine", num_partitions=self.settings["lists"], num_sub_vectors=width // 8)
+        codes = index.IvfPq(distance_type="cosine", num_partitions=count, num_sub_vectors=width // 8)
         self.table.create_index("vector", config=codes)
 
     def search(self, queries, k, effort):
