@@ -267,7 +267,8 @@ def extract(folder, args, train, test, device, first, cache):
     recorded = load_json(folder / "args.json", precision=str, size=int)
     stamp = {"train": train_fingerprint(train), "test": None if test is None else test_fingerprint(test),
              "checkpoint": file_fingerprint(folder / "best.pt"), "fold": recorded.get("fold"),
-             "precision": pick_precision(args.precision or recorded["precision"], device), "adapt_bn": args.adapt_bn,
+             "precision": pick_precision(args.precision or recorded.get("embed_precision", recorded["precision"]), device),
+             "adapt_bn": args.adapt_bn,
              "sizes": args.test_size or recorded.get("test_size") or [recorded["size"]], "gem_p": args.gem_p}
     names = ["train.npy", "test.npy", "head.npy"] if test is not None else ["train.npy", "head.npy"]
     stamp_file = folder / "extract.json"

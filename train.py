@@ -119,7 +119,7 @@ def parse_args(argv=None):
         "torchrun; 0 = off (default 0)")
     augmentation_flags(parser)
     add("--precision", choices=["auto", "fp32", "bf16", "fp16"], default="auto", help="auto: the fastest that the device "
-        "has in hardware (default auto)")
+        "has in hardware, for training and for embedding; a run that was begun keeps its own (default auto)")
     add("--eval-every", type=int, default=1, help="epochs between validations; the last is always one (default 1)")
     add("--eval-batch-size", type=int, default=64, help="images a batch in validation (default 64)")
     add("--seed", type=int, default=9999, help="of folds, weights, order and augmentation (default 9999)")
@@ -259,15 +259,20 @@ def validate(model, train_part, held_out, weights, args, device, precision):
 # ------------------------------------------------------------------------------------------------------ start or resume
 
 
-def record_arguments(folder, args):
+def record_arguments(folder, args, device):
     """Record the arguments of a new run; refuse other arguments than those recorded. Returns them."""
     if args.restart:
         for old in ("last.pt", "best.pt", "log.csv", "extract.json", "args.json", EVENTS):
             (folder / old).unlink(missing_ok=True)
-    effective = {name: value for name, value in vars(args).items() if name not in MACHINE}
     begun = (folder / "last.pt").exists() or (folder / "best.pt").exists()  # before the first epoch nothing is at stake
-    if begun and (folder / "args.json").exists():
-        recorded = load_json(folder / "args.json")
+    recorded = load_json(folder / "args.json") if begun and (folder / "args.json").exists() else None
+    if recorded and args.precision == "auto":
+        args.precision, args.embed_precision = recorded["precision"], recorded.get("embed_precision", recorded["precision"])
+    else:
+        args.precision, args.embed_precision = (pick_precision(args.precision, device, training) for training in (True, False))
+    effective = {name: value for name, value in vars(args).items() if name not in MACHINE}
+    if recorded:
+        recorded["embed_precision"] = args.embed_precision  # the machine's choice, free to change
         differ = [f"--{k.replace('_', '-')} {recorded.get(k)} (now {effective.get(k)})"
                   for k in sorted(recorded.keys() | effective.keys()) if recorded.get(k) != effective.get(k)]
         if differ:
@@ -347,14 +352,14 @@ def looks(args, train, device):
     model = Model(args.arch, 2)
     load_weights(model, args.arch, args.weights)
     images = Images(args.input, train["path"], np.zeros(len(train), np.int64), args.size, args.resize)
-    return embed(model.to(device, memory_format=torch.channels_last), images, device, args.precision, args.eval_batch_size,
-                 args.workers, "looks", output=Model.features)
+    return embed(model.to(device, memory_format=torch.channels_last), images, device, pick_precision(args.precision, device),
+                 args.eval_batch_size, args.workers, "looks", output=Model.features)
 
 
 def fit(folder, args, recorded, train, fold, device):
     """Train from where last.pt stands to the last epoch."""
     keep_freed_memory()
-    precision = args.precision
+    precision = recorded["precision"]
     classes, labels = encode(train["label"])
     inside = np.arange(len(train)) if args.fold == "all" else np.flatnonzero(fold != int(args.fold))
     outside = np.setdiff1d(np.arange(len(train)), inside)
@@ -416,7 +421,7 @@ def fit(folder, args, recorded, train, fold, device):
                "head_acc": None, "gap": None, "retrieval_acc": None}
         last = epoch + 1 == args.epochs
         if len(outside) and (last or (epoch >= 0 and (epoch + 1) % args.eval_every == 0)):
-            row |= validate(kept, images(inside), images(outside), weights, args, device, precision)
+            row |= validate(kept, images(inside), images(outside), weights, args, device, recorded["embed_precision"])
         row |= {"images_per_s": round(speed, 1), "seconds": round(time.time() - start, 1)}
         history.append(row)
         if not all(tensor.isfinite().all() for tensor in kept.state_dict().values()):
@@ -444,7 +449,6 @@ def fit(folder, args, recorded, train, fold, device):
 def main():
     args = parse_args()
     device = pick_device(args.device, args.deterministic)
-    args.precision = pick_precision(args.precision, device)
     if args.tensorboard:
         event_bytes([])  # a missing package is better known now than after an epoch
     with processes(device):
@@ -455,7 +459,7 @@ def main():
             return
         folder = run_folder(args.output, args.arch, args.fold)
         with lock(folder):
-            recorded = on_first(record_arguments, folder, args)
+            recorded = on_first(record_arguments, folder, args, device)
             if on_first(is_finished, folder):
                 print(f"{folder} finished already")
             else:

@@ -163,13 +163,15 @@ def pick_device(name="auto", deterministic=False):
     return device
 
 
-def pick_precision(name, device):
-    """'fp32', 'bf16' or 'fp16'. 'auto' takes bf16 where the hardware has it, fp16 on older cards, else fp32."""
+def pick_precision(name, device, training=False):
+    """'fp32', 'bf16' or 'fp16'. 'auto' takes bf16 where the hardware has it, fp16 on older cards, else fp32. On a CPU without
+    matrix units (AMX) training in bf16 is slower than in fp32 (README, 'What did not work'), embedding faster."""
     if name != "auto":
         return name
     if device.type == "cuda":
         return "bf16" if torch.cuda.get_device_capability(device) >= (8, 0) else "fp16"
-    return "bf16" if torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported() else "fp32"
+    amx, bf16 = torch.cpu._is_amx_tile_supported(), torch.cpu._is_avx512_bf16_supported()
+    return "bf16" if amx or (bf16 and not training) else "fp32"
 
 
 def keep_freed_memory():

@@ -118,7 +118,7 @@ def train_peer(fold, seed, args):
     from pytorch_metric_learning.utils.accuracy_calculator import AccuracyCalculator
 
     start, device, workers = time.time(), pick_device(), default_workers()
-    precision = pick_precision("auto", device)
+    precision, embedding = (pick_precision("auto", device, training) for training in (True, False))
     if not (Path(args.output) / "folds.csv").exists():
         raise InputError(f"{args.output}/folds.csv is not there; run another variant first, it draws the folds")
     parser = argparse.ArgumentParser()
@@ -153,7 +153,7 @@ def train_peer(fold, seed, args):
             loss(embedded, truth.to(device)).backward()
             optimiser.step()
             optimiser.zero_grad()
-    gallery, query = (torch.from_numpy(embed(model, part, device, precision, workers=workers)) for part in parts[1:])
+    gallery, query = (torch.from_numpy(embed(model, part, device, embedding, workers=workers)) for part in parts[1:])
     said = AccuracyCalculator(include=("precision_at_1",), k=1).get_accuracy(
         F.normalize(query), parts[2].labels, F.normalize(gallery), parts[1].labels)
     return {"variant": PEER, "arch": args.arch, "size": args.size, "epochs": args.epochs, "fold_by": args.fold_by,

@@ -275,7 +275,7 @@ utils.run(extract.main)
 
 
 def test_extraction_killed_inside_a_pass_goes_on_there(data, output, tmp_path):
-    """SIGKILL after two of the three batches of training images, then in the test images: the same bytes as undisturbed."""
+    """SIGKILL after the training images and one of the two batches of test images: the same bytes as undisturbed."""
     shutil.copytree(output, tmp_path / "o")
     run = tmp_path / "o" / "test_nfnet" / "fold1"
     flags = ["--input", data, "--output", tmp_path / "o", "--arch", "test_nfnet", "--precision", "fp32", "--batch-size", "8",
@@ -284,9 +284,9 @@ def test_extraction_killed_inside_a_pass_goes_on_there(data, output, tmp_path):
     script("extract.py", *flags, "--no-cache")
     undisturbed = [(run / f"{name}.npy").read_bytes() for name in ("train", "test")]
     (run / "extract.json").unlink()
-    for count, part, rows in ((2, "train", 16), (2, "test", 8)):
-        died = subprocess.run([sys.executable, "-c", KILLED, ROOT, str(count), *map(str, flags)])
-        assert died.returncode == -signal.SIGKILL
+    died = subprocess.run([sys.executable, "-c", KILLED, ROOT, "4", *map(str, flags)])
+    assert died.returncode == -signal.SIGKILL
+    for part, rows in (("train", 24), ("test", 8)):
         assert json.loads((run / ".extract" / f"{part}0" / "32" / "state.json").read_text())["done"] == rows
     shutil.copytree(tmp_path / "o", tmp_path / "marked")
     script("extract.py", *flags)
@@ -302,6 +302,15 @@ def test_extraction_killed_inside_a_pass_goes_on_there(data, output, tmp_path):
     for part, before in zip(("train", "test"), undisturbed, strict=True):
         found = np.load(run / f"{part}.npy")
         assert (found[0] == 7).all() and found[1:].tobytes() == before[-found[1:].nbytes:], "nothing is computed twice"
+
+
+def test_a_begun_run_keeps_its_precision(data, tmp_path):
+    train(data, tmp_path, "test_nfnet", 0, "--epochs", "1", "--precision", "bf16")
+    assert "finished already" in train(data, tmp_path, "test_nfnet", 0, "--epochs", "1", "--precision", "auto").stdout
+    args = json.loads((tmp_path / "test_nfnet" / "fold0" / "args.json").read_text())
+    assert args["precision"] == args["embed_precision"] == "bf16"
+    refused = train(data, tmp_path, "test_nfnet", 0, "--epochs", "1", "--precision", "fp16", code=2)
+    assert "--precision bf16 (now fp16)" in refused.stderr
 
 
 def test_embeddings_are_the_flip_average(data, output):
