@@ -66,7 +66,7 @@ def train_again(recorded, source, output, device):
         flag = name.replace("_", "-")
         if isinstance(value, bool):
             flags.append(f"--{flag}" if value else f"--no-{flag}")
-        elif value is not None and not name.startswith("pseudo"):  # pseudo-labels may be those of products left out
+        elif value is not None and name != "embed_precision" and not name.startswith("pseudo"):  # may be of products left out
             flags += [f"--{flag}", *(value if isinstance(value, list) else [value])]
     for command in (["train.py", *flags], ["extract.py", *flags[:6], "--arch", recorded["arch"], "--fold", recorded["fold"]]):
         done = subprocess.run([sys.executable, ROOT / command[0], *map(str, command[1:])])
