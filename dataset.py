@@ -13,6 +13,7 @@ import io
 import os
 import shutil
 import signal
+import sys
 import time
 import warnings
 from concurrent.futures import ThreadPoolExecutor
@@ -680,6 +681,7 @@ def _start_worker(_):
     cv2.setNumThreads(0)  # one thread a worker: OpenCV's own pool would fight the others for the cores
     for number in (signal.SIGINT, signal.SIGTERM):  # a Ctrl-C reaches the whole group; the main process ends its workers
         signal.signal(number, signal.SIG_IGN)
+    sys.excepthook = lambda *_: None  # its errors go to the main process; when that has gone there is no one to tell
 
 
 def _collate(items):

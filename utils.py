@@ -88,7 +88,8 @@ def run(main):
     """Call main() as a script: user errors are a sentence and code 2, Ctrl-C and SIGTERM a line and code 130. Under torchrun
     the first process prints; the first that fails says why, and the others, which then fail for want of it, end silently."""
     signal.signal(signal.SIGTERM, interrupt)
-    signal.signal(signal.SIGALRM, interrupt)
+    signal.signal(signal.SIGALRM, signal.default_int_handler)
+    sys.unraisablehook = interrupt_later
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):  # a file name that is no UTF-8, a terminal that knows no Korean
             stream.reconfigure(errors="backslashreplace")
@@ -104,7 +105,7 @@ def run(main):
         said, code = f"error: {printable(error.filename or 'output')}: {error.strerror}; {TO_DO}", 2
     except KeyboardInterrupt:
         signal.signal(signal.SIGTERM, signal.SIG_IGN)  # schedulers send it to all processes of a job and to its shell again
-        signal.alarm(0)
+        signal.setitimer(signal.ITIMER_REAL, 0)
         said, code = INTERRUPTED, 130
     except Exception:
         if not dist.is_initialized():
@@ -121,10 +122,18 @@ def run(main):
         sys.exit(code)
 
 
+def interrupt_later(lost):
+    """Python only prints what is raised in a callback: while an object is deleted, a loader that ends its workers for one, or a
+    process forks. A Ctrl-C or SIGTERM that comes there shall not be lost: it is raised again a moment later."""
+    if issubclass(lost.exc_type, KeyboardInterrupt):
+        signal.setitimer(signal.ITIMER_REAL, 0.05)
+    else:
+        sys.__unraisablehook__(lost)
+
+
 def interrupt(number, frame):
-    """SIGTERM ends a script as Ctrl-C does. Python drops an exception that a signal raises inside a callback (of a fork, of a
-    deletion): so once more in 3 seconds, until the script ends."""
-    signal.alarm(3)
+    """SIGTERM ends a script as Ctrl-C does. Schedulers may send several: those that follow shall not disturb the ending."""
+    signal.signal(number, signal.SIG_IGN)
     raise KeyboardInterrupt
 
 

@@ -447,7 +447,6 @@ class Campaign:
     def health(self, epochs, images):
         """Memory and descriptors of a long training at the end of each epoch, and what SIGKILL leaves."""
         data = make_data(self.work / "long", self.rng("health"), train_each=images // 3)
-        shared = names("/dev/shm")
         process = Process(*training(data, self.work / "health", epochs=epochs))
         log, seen = self.work / "health" / NETS[0] / "fold0" / "log.csv", []
         while process.running():
@@ -474,7 +473,8 @@ class Campaign:
             end = time.time() + 60
             while any(Path(f"/proc/{w}").exists() for w in workers) and time.time() < end:
                 time.sleep(0.1)
-            left += sum(Path(f"/proc/{w}").exists() for w in workers) + len(names("/dev/shm") - shared)
+            mine = [name for name in names("/dev/shm") if any(f"_{pid}_" in name for pid in (process.pid, *workers))]
+            left += sum(Path(f"/proc/{w}").exists() for w in workers) + len(mine)
             process.wait()
         if left:
             self.fault(f"health: {left} workers or shared memory files left after SIGKILL")

@@ -2,10 +2,12 @@
 
 import os
 import shutil
+import signal
 import subprocess
 import sys
+import time
 
-from utils import InputError, load_checkpoint, load_json, load_npy, new_npy, save_checkpoint, save_json
+from utils import InputError, load_checkpoint, load_json, load_npy, new_npy, run, save_checkpoint, save_json
 
 import cv2
 import numpy as np
@@ -146,6 +148,22 @@ def test_a_write_that_fails_names_the_file_and_leaves_the_old_one(tmp_path, monk
     monkeypatch.setattr(os, "posix_fallocate", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left on device")))
     with pytest.raises(InputError, match=r"a\.npy cannot be written \(No space left"):
         new_npy(tmp_path / "a.npy", np.float32, (10, 3))
+
+
+def test_an_interrupt_while_an_object_is_deleted_is_not_lost(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "unraisablehook", sys.unraisablehook)
+
+    class Loader:
+        def __del__(self):
+            signal.raise_signal(signal.SIGTERM)
+
+    def main():
+        Loader()
+        time.sleep(5)
+
+    with pytest.raises(SystemExit) as end:
+        run(main)
+    assert end.value.code == 130 and capsys.readouterr().err.startswith("interrupted")
 
 
 def test_two_fresh_runs_give_the_same_files(data, output, tmp_path):
