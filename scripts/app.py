@@ -81,7 +81,7 @@ class Labeller:
         self.args, self.device = args, device
         self.runs, self.gallery = load(args, device)
         self.classes, self.labels = encode(self.gallery["label"])
-        self.calibration = load_calibration(args.output, self.runs)
+        self.calibration = load_calibration(args, self.runs, device)
         self.computing, self.reading = ThreadPoolExecutor(1), ThreadPoolExecutor(2)
         self.label(np.zeros((64, 64, 3), np.uint8))  # the first one is slow, and what is wrong shows now
 

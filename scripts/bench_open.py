@@ -70,7 +70,8 @@ def rejection(runs, output, known, rows, added, truth, args, device):
     fold, seen = load_folds(output, known), np.isin(truth, classes)
     said = nearest(runs, [r["train"] for r in runs], known["label"].to_numpy(), device)
 
-    held, random, look = out_of_fold(runs, fold, known_looks(output, known, fold), labels, len(classes), args, device)
+    part = known_looks(output, known, fold)
+    held, random, look = out_of_fold(runs, fold, part, labels, len(classes), device, args.looks, args.seed)
     sharpness = fit_sharpness(look, labels[held])
     random[np.arange(len(held)), labels[held]] = -1  # as if the image's own product were not in the gallery
     similarity, index = topk(*(Joined([r[split] for r in runs]) for split in ("test", "train")), NEIGHBOURS, device=device)

@@ -1,8 +1,8 @@
 """Label photographs by the finished runs: label, confidence, nearest training images.
 
 Reads  PHOTO ... (files, or folders with all images below them); input/train.csv, best.pt and train.npy of the runs,
-       output/expected.json (by scripts/expect.py: without it there is no confidence); output/added.npz and, to reject, the
-       files that retrieve.py --reject reads
+       output/{folds.csv,added.npz} and, if scripts/expect.py ran, expected.json; to reject, the files that retrieve.py
+       --reject reads
 Writes a table, --csv or --json to stdout
 
     python scripts/classify.py photo.jpg
@@ -32,11 +32,21 @@ from utils import (
 
 import numpy as np
 import torch
-from expect import NEIGHBOURS, class_best, probability
+from expect import NEIGHBOURS, calibrate, class_best, known_looks, out_of_fold, probability
 from torch.utils.data import Dataset, default_collate
 
 from catalogue import grow
-from dataset import SUFFIXES, check_images, default_workers, encode, load_train, make_loader, read_image, resize
+from dataset import (
+    SUFFIXES,
+    check_images,
+    default_workers,
+    encode,
+    load_folds,
+    load_train,
+    make_loader,
+    read_image,
+    resize,
+)
 from extract import embed_pass, load_model
 from models import Model
 from retrieve import UNKNOWN, check_reject_flag, load_runs, reject, reject_flag
@@ -104,15 +114,21 @@ def load(args, device):
     return runs, gallery
 
 
-def load_calibration(output, runs):
-    """What scripts/expect.py learned of the confidence of these runs together; None, and a word, where it did not."""
-    file = Path(output) / "expected.json"
+def load_calibration(args, runs, device):
+    """What held-out images teach of the confidence of the nearest image's label: as scripts/expect.py wrote it, or, for other
+    runs than those, learned now. None, and a word, where no run held images out."""
+    file = Path(args.output) / "expected.json"
     expected = load_json(file, runs=dict, calibration=dict) if file.exists() else {"runs": None}
     if expected["runs"] == {r["name"]: r["stamp"]["checkpoint"] for r in runs}:
         return expected["calibration"]
-    print(f"no confidence: {file} is not there or of other runs; scripts/expect.py with the same --runs writes it",
-          file=sys.stderr)
-    return None
+    train = load_train(args)
+    trained, labels = load_runs(args.output, args.runs, train, None), encode(train["label"])[1]
+    if not any(str(r["fold"]).isdecimal() for r in trained):
+        print("no confidence: no run held images out", file=sys.stderr)
+        return None
+    fold = load_folds(args.output, train)
+    rows, _, look = out_of_fold(trained, fold, known_looks(args.output, train, fold), labels, labels.max() + 1, device)
+    return calibrate(look, labels[rows])
 
 
 def embed_all(photos, runs, device, batch_size):
@@ -169,7 +185,7 @@ def main():
     check_images(".", photos)
     runs, gallery = load(args, device)
     classes, labels = encode(gallery["label"])
-    calibration = load_calibration(args.output, runs)
+    calibration = load_calibration(args, runs, device)
     number, confidence, similarity, index = classify(photos, runs, labels, len(classes), calibration, args, device)
     strange = np.zeros(len(photos), bool)
     if args.reject:

@@ -47,6 +47,7 @@ from retrieve import UNKNOWN, load_runs
 from search import Joined, topk
 
 NEIGHBOURS = 100  # looked at for the evidence: enough that several classes are among them
+LOOKS = 5  # a class is split into, where the folds are not by look
 LEAST_ERROR = 0.05  # half the interval at least, by the errors measured; see the README
 
 
@@ -55,7 +56,8 @@ def parse_args():
     add = parser.add_argument
     add("--runs", nargs="+", metavar="ARCH/foldK", help="runs to join, for the label of the nearest image by them; default: "
         "those of the submission, for its labels, or every finished run")
-    add("--looks", type=int, default=5, help="looks a class is split into, where the folds are not by look (default 5)")
+    add("--looks", type=int, default=LOOKS, help="looks a class is split into, where the folds are not by look "
+        f"(default {LOOKS})")
     add("--seed", type=int, default=0, help="of looks and samples (default 0)")
     args = parser.parse_args()
     if args.looks < 2:
@@ -98,14 +100,14 @@ def known_looks(output, train, fold):
     return fold if by == "look" else np.array(encode(train["group"])[1]) if by == "group" else None
 
 
-def out_of_fold(runs, fold, part, labels, classes, args, device):
+def out_of_fold(runs, fold, part, labels, classes, device, looks=LOOKS, seed=0):
     """held_out of all images by the runs of their fold: (rows, against all, against other looks)."""
     found = []
     for k in range(fold.max() + 1):
         arrays, rows = [r["train"] for r in runs if r["fold"] == str(k)], np.flatnonzero(fold == k)
         if arrays and len(rows):
-            looks = own_looks(arrays, labels, part, args.looks, args.seed)
-            found.append((rows, *held_out(arrays, rows, labels, looks, classes, device)))
+            own = own_looks(arrays, labels, part, looks, seed)
+            found.append((rows, *held_out(arrays, rows, labels, own, classes, device)))
     return [np.concatenate(parts) for parts in zip(*found, strict=True)]
 
 
@@ -218,7 +220,7 @@ def expect(runs, fold, part, labels, grown, numbers, args, device, said=None, he
     of the nearest images; so where it is -1); `held` [N]: what the same vote says of the training images out-of-fold.
     labels: class numbers of the rows of train.csv, which the estimate learns from; grown, numbers: the runs and class numbers
     of the gallery."""
-    rows, random, look = out_of_fold(runs, fold, part, labels, labels.max() + 1, args, device)
+    rows, random, look = out_of_fold(runs, fold, part, labels, labels.max() + 1, device, args.looks, args.seed)
     truth = labels[rows]
     similarity, index = topk(*(Joined([r[split] for r in grown]) for split in ("test", "train")), NEIGHBOURS, device=device)
     best = class_best(similarity, numbers[index], numbers.max() + 1)

@@ -24,6 +24,7 @@ from extract import embed_files, finished_runs, run_folder
 from retrieve import load_runs
 
 ROOT = Path(__file__).resolve().parent.parent
+NOT_REPEATED = {"embed_precision", "pseudo", "pseudo_min"}  # no flag; labels that may be those of products left out
 
 
 def parse_args():
@@ -66,7 +67,7 @@ def train_again(recorded, source, output, device):
         flag = name.replace("_", "-")
         if isinstance(value, bool):
             flags.append(f"--{flag}" if value else f"--no-{flag}")
-        elif value is not None and name != "embed_precision" and not name.startswith("pseudo"):  # may be of products left out
+        elif value is not None and name not in NOT_REPEATED:
             flags += [f"--{flag}", *(value if isinstance(value, list) else [value])]
     for command in (["train.py", *flags], ["extract.py", *flags[:6], "--arch", recorded["arch"], "--fold", recorded["fold"]]):
         done = subprocess.run([sys.executable, ROOT / command[0], *map(str, command[1:])])
