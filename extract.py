@@ -280,7 +280,7 @@ def extract(folder, args, train, test, device, first, cache):
     if checkpoint["classes"] != classes:
         raise InputError(f"{folder} was trained on other classes than {args.input}/train.csv; train it again")
     model, stored = model.to(device), checkpoint["args"]
-    if stored != recorded:
+    if any(stored.get(name, value) != value for name, value in recorded.items()):  # an earlier version knew fewer
         raise InputError(f"{folder}: args.json says other than best.pt; delete args.json and run train.py again")
     if args.gem_p:
         model.pool.p.data.fill_(args.gem_p)

@@ -119,7 +119,9 @@ def parse_args(argv=None):
         "torchrun; 0 = off (default 0)")
     augmentation_flags(parser)
     add("--precision", choices=["auto", "fp32", "bf16", "fp16"], default="auto", help="auto: the fastest that the device "
-        "has in hardware, for training and for embedding; a run that was begun keeps its own (default auto)")
+        "has in hardware for training; a run that was begun keeps its own (default auto)")
+    add("--embed-precision", choices=["auto", "fp32", "bf16", "fp16"], default="auto", help="of validation and extraction; "
+        "auto: that of --precision, or the fastest that the device has for embedding (default auto)")
     add("--eval-every", type=int, default=1, help="epochs between validations; the last is always one (default 1)")
     add("--eval-batch-size", type=int, default=64, help="images a batch in validation (default 64)")
     add("--seed", type=int, default=9999, help="of folds, weights, order and augmentation (default 9999)")
@@ -265,14 +267,15 @@ def record_arguments(folder, args, device):
         for old in ("last.pt", "best.pt", "log.csv", "extract.json", "args.json", EVENTS):
             (folder / old).unlink(missing_ok=True)
     begun = (folder / "last.pt").exists() or (folder / "best.pt").exists()  # before the first epoch nothing is at stake
-    recorded = load_json(folder / "args.json") if begun and (folder / "args.json").exists() else None
-    if recorded and args.precision == "auto":
-        args.precision, args.embed_precision = recorded["precision"], recorded.get("embed_precision", recorded["precision"])
-    else:
-        args.precision, args.embed_precision = (pick_precision(args.precision, device, training) for training in (True, False))
+    recorded = load_json(folder / "args.json", precision=str) if begun and (folder / "args.json").exists() else None
+    given = args.precision
+    if recorded:
+        recorded.setdefault("embed_precision", recorded["precision"])  # a run of an earlier version
+    for name, training in (("precision", True), ("embed_precision", False)):
+        if getattr(args, name) == "auto":
+            setattr(args, name, recorded[name] if recorded else pick_precision(given, device, training))
     effective = {name: value for name, value in vars(args).items() if name not in MACHINE}
     if recorded:
-        recorded["embed_precision"] = args.embed_precision  # the machine's choice, free to change
         differ = [f"--{k.replace('_', '-')} {recorded.get(k)} (now {effective.get(k)})"
                   for k in sorted(recorded.keys() | effective.keys()) if recorded.get(k) != effective.get(k)]
         if differ:

@@ -24,7 +24,7 @@ from extract import embed_files, finished_runs, run_folder
 from retrieve import load_runs
 
 ROOT = Path(__file__).resolve().parent.parent
-NOT_REPEATED = {"embed_precision", "pseudo", "pseudo_min"}  # no flag; labels that may be those of products left out
+NOT_REPEATED = {"pseudo", "pseudo_min"}  # pseudo-labels may be those of products left out
 
 
 def parse_args():

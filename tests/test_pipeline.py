@@ -309,8 +309,14 @@ def test_a_begun_run_keeps_its_precision(data, tmp_path):
     assert "finished already" in train(data, tmp_path, "test_nfnet", 0, "--epochs", "1", "--precision", "auto").stdout
     args = json.loads((tmp_path / "test_nfnet" / "fold0" / "args.json").read_text())
     assert args["precision"] == args["embed_precision"] == "bf16"
+    del args["embed_precision"], args["check"]  # as an earlier version wrote it
+    (tmp_path / "test_nfnet" / "fold0" / "args.json").write_text(json.dumps(args))
+    assert "finished already" in train(data, tmp_path, "test_nfnet", 0, "--epochs", "1", "--precision", "auto").stdout
     refused = train(data, tmp_path, "test_nfnet", 0, "--epochs", "1", "--precision", "fp16", code=2)
     assert "--precision bf16 (now fp16)" in refused.stderr
+    refused = train(data, tmp_path, "test_nfnet", 0, "--epochs", "1", "--precision", "auto", "--embed-precision", "fp32",
+                    code=2)
+    assert "--embed-precision bf16 (now fp32)" in refused.stderr
 
 
 def test_embeddings_are_the_flip_average(data, output):
