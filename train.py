@@ -10,6 +10,7 @@ Writes output/<arch>/fold<k>/{args.json,log.csv,last.pt,best.pt}, with --tensorb
 
 import argparse
 import io
+import json
 import math
 import os
 import time
@@ -275,6 +276,7 @@ def record_arguments(folder, args, device):
         if getattr(args, name) == "auto":
             setattr(args, name, recorded[name] if recorded else pick_precision(given, device, training))
     effective = {name: value for name, value in vars(args).items() if name not in MACHINE}
+    effective = json.loads(json.dumps(effective))  # no two values one object: a checkpoint's pickle would tell, after a resume
     if recorded:
         differ = [f"--{k.replace('_', '-')} {recorded.get(k)} (now {effective.get(k)})"
                   for k in sorted(recorded.keys() | effective.keys()) if recorded.get(k) != effective.get(k)]
