@@ -264,14 +264,14 @@ def write_folds(path, train, folds, seed, by, features):
         fold = make_look_folds(features(), train["label"], folds, seed)
     else:
         fold = make_folds(train["label"], train["group"] if by == "group" else None, folds, seed)
-    table = train[["path", "label"]].assign(fold=fold)
+    table = train[["path", "label"]].assign(fold=fold, by=by)
     with atomic(path) as temporary:
-        table.assign(by=by, check=folds_check(table)).to_csv(temporary, index=False)
+        table.assign(check=folds_check(table)).to_csv(temporary, index=False)
 
 
 def folds_check(table):
-    """16 hex digits that a flipped bit in path, label or fold changes."""
-    return fingerprint(zip(table["path"], table["label"], table["fold"], strict=True))[:16]
+    """16 hex digits that a flipped bit in path, label, fold or by changes."""
+    return fingerprint(zip(table["path"], table["label"], table["fold"], table["by"], strict=True))[:16]
 
 
 def load_folds(output, train, folds=None, seed=9999, by=None, features=None):

@@ -12,6 +12,7 @@ os.environ.setdefault("GOMP_SPINCOUNT", "30000")
 MAX_PIXELS = 100_000_000
 os.environ.setdefault("OPENCV_IO_MAX_IMAGE_PIXELS", str(MAX_PIXELS))
 
+interrupted = False  # whether a Ctrl-C or SIGTERM came
 INTERRUPTED = "interrupted; the same command goes on from the last finished epoch or file"
 
 
@@ -87,7 +88,10 @@ def printable(text):
 def run(main):
     """Call main() as a script: user errors are a sentence and code 2, Ctrl-C and SIGTERM a line and code 130. Under torchrun
     the first process prints; the first that fails says why, and the others, which then fail for want of it, end silently."""
+    global interrupted
+    interrupted = False
     signal.signal(signal.SIGTERM, interrupt)
+    signal.signal(signal.SIGINT, interrupt)
     signal.signal(signal.SIGALRM, signal.default_int_handler)
     sys.unraisablehook = interrupt_later
     for stream in (sys.stdout, sys.stderr):
@@ -108,9 +112,12 @@ def run(main):
         signal.setitimer(signal.ITIMER_REAL, 0)
         said, code = INTERRUPTED, 130
     except Exception:
-        if not dist.is_initialized():
+        if interrupted:  # a loader's process may have met the signal first
+            said, code = INTERRUPTED, 130
+        elif dist.is_initialized():
+            said, code = traceback.format_exc(), 1
+        else:
             raise
-        said, code = traceback.format_exc(), 1
     if code and fails_first():
         print(said, file=sys.stderr, flush=True)
     elif code:
@@ -127,13 +134,16 @@ def interrupt_later(lost):
     process forks. A Ctrl-C or SIGTERM that comes there shall not be lost: it is raised again a moment later."""
     if issubclass(lost.exc_type, KeyboardInterrupt):
         signal.setitimer(signal.ITIMER_REAL, 0.05)
-    else:
+    elif not interrupted:
         sys.__unraisablehook__(lost)
 
 
 def interrupt(number, frame):
     """SIGTERM ends a script as Ctrl-C does. Schedulers may send several: those that follow shall not disturb the ending."""
-    signal.signal(number, signal.SIG_IGN)
+    global interrupted
+    interrupted = True
+    if number == signal.SIGTERM:
+        signal.signal(number, signal.SIG_IGN)
     raise KeyboardInterrupt
 
 

@@ -166,6 +166,20 @@ def test_an_interrupt_while_an_object_is_deleted_is_not_lost(monkeypatch, capsys
     assert end.value.code == 130 and capsys.readouterr().err.startswith("interrupted")
 
 
+def test_what_an_interrupt_breaks_is_no_fault_of_its_own(capsys):
+    def main():
+        try:
+            signal.raise_signal(signal.SIGINT)
+        except KeyboardInterrupt:
+            raise RuntimeError("DataLoader worker exited unexpectedly") from None
+
+    with pytest.raises(SystemExit) as end:
+        run(main)
+    assert end.value.code == 130 and capsys.readouterr().err.startswith("interrupted")
+    with pytest.raises(RuntimeError):
+        run(lambda: exec("raise RuntimeError('a fault')"))
+
+
 def test_two_fresh_runs_give_the_same_files(data, output, tmp_path):
     train(data, tmp_path, "test_efficientnet", 0, "--deterministic")
     script("extract.py", "--input", data, "--output", tmp_path, "--workers", 0, "--precision", "fp32", "--deterministic")
