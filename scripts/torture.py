@@ -253,7 +253,7 @@ class Campaign:
     def signals(self, count):
         """SIGTERM and SIGINT to the process group of a training."""
         rng, good, output = self.rng("signals"), 0, self.work / "signals"
-        command = training(self.data, output, epochs=500)
+        command = training(self.data, output, epochs=5000)  # more than all the signals leave time for
         for i in range(count):
             number = (signal.SIGTERM, signal.SIGINT)[i % 2]
             process, moment = Process(*command), rng.uniform(0.2, 2)
