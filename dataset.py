@@ -16,6 +16,7 @@ import signal
 import sys
 import time
 import warnings
+import zlib
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path, PurePosixPath
 
@@ -357,14 +358,19 @@ def load_image(path, size, how):
 
 @functools.lru_cache(maxsize=8)  # once a process: loader workers that are not forked open it themselves
 def open_cache(path, inode, rows, size):
-    return np.memmap(path, np.uint8, "r", shape=(rows, size, size, 3))
+    return np.memmap(path, np.uint8, "r", shape=(rows, record_bytes(size)))
+
+
+def record_bytes(size):
+    """Of a cached image and its CRC-32, 4 bytes."""
+    return size * size * 3 + 4
 
 
 class Cache:
     """Images below --input, decoded and resized, on disk for all runs, epochs and processes. In INPUT/.cache, or OUTPUT/.cache
-    where the input is read-only, 256-squash.u8 holds one uint8 [256, 256, 3] after the other; 256-squash.json names for each
-    file its row, its bytes and its time, and a file that has changed gets a new row. Rows are written before they are named
-    and never again, so what is named is whole, also for those who read while others add."""
+    where the input is read-only, 256-squash.u8 holds one uint8 [256, 256, 3] and its CRC-32 after the other;
+    256-squash.json names for each file its row, its bytes and its time, and a file that has changed gets a new row. Rows are
+    written before they are named and never again, so what is named is whole, also for those who read while others add."""
 
     def __init__(self, args):
         self.root, self.on, self.most = args.input, args.cache, args.cache_size
@@ -394,7 +400,7 @@ class Cache:
 
     def fill(self, stamps, size, how):
         """{file: row} of the files {file: [bytes, time]}, those that are new or have changed decoded first."""
-        data, image_bytes = self.path(size, how), size * size * 3
+        data, image_bytes = self.path(size, how), record_bytes(size)
         index = data.with_suffix(".json")
         known = load_json(index) if index.exists() else {}
         rows = 1 + max((row for row, *_ in known.values()), default=-1)
@@ -422,11 +428,12 @@ class Cache:
             data.unlink(missing_ok=True)
         cv2.setNumThreads(0)  # all cores by our own pool
         with open(data, "ab") as file, ThreadPoolExecutor(os.cpu_count()) as pool, progress(None, "decoding", len(new)) as bar:
-            file.truncate(rows * size * size * 3)  # what a kill has left unnamed
+            file.truncate(rows * record_bytes(size))  # what a kill has left unnamed
             for at in range(0, len(new), 256):  # images in memory
                 part = new[at:at + 256]
                 for image in pool.map(lambda name: load_image(Path(self.root, name), size, how), part):
                     file.write(image)
+                    file.write(zlib.crc32(image).to_bytes(4, "little"))
                 known |= {name: [rows + at + i, *stamps[name]] for i, name in enumerate(part)}
                 bar.update(len(part))
                 if at + 256 >= len(new) or time.monotonic() - saved > 30:
@@ -633,11 +640,16 @@ class Images(Dataset):
         other.names, other.labels, other.rows = self.names[rows], self.labels[rows], self.rows[rows]
         return other
 
+    def cached(self, row):
+        """The image from the cache; None where its bits have changed on disk."""
+        record = np.array(open_cache(*self.stored)[self.rows[row]])
+        whole = zlib.crc32(record[:-4]) == int.from_bytes(record[-4:].tobytes(), "little")
+        return record[:-4].reshape(self.size, self.size, 3) if whole else None
+
     def __getitem__(self, item):
         epoch, row = item if isinstance(item, tuple) else (0, item)
-        if self.rows[row] >= 0:
-            image = np.array(open_cache(*self.stored)[self.rows[row]])
-        else:
+        image = self.cached(row) if self.rows[row] >= 0 else None
+        if image is None:
             image = load_image(self.folder / self.names[row], self.size, self.how)
         image = torch.from_numpy(image).permute(2, 0, 1)
         if self.augment:

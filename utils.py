@@ -12,7 +12,7 @@ os.environ.setdefault("GOMP_SPINCOUNT", "30000")
 MAX_PIXELS = 100_000_000
 os.environ.setdefault("OPENCV_IO_MAX_IMAGE_PIXELS", str(MAX_PIXELS))
 
-interrupted = False  # whether a Ctrl-C or SIGTERM came
+script, interrupted = 0, False  # process of the script that runs; whether a Ctrl-C or SIGTERM came
 INTERRUPTED = "interrupted; the same command goes on from the last finished epoch or file"
 
 
@@ -88,8 +88,8 @@ def printable(text):
 def run(main):
     """Call main() as a script: user errors are a sentence and code 2, Ctrl-C and SIGTERM a line and code 130. Under torchrun
     the first process prints; the first that fails says why, and the others, which then fail for want of it, end silently."""
-    global interrupted
-    interrupted = False
+    global interrupted, script
+    interrupted, script = False, os.getpid()
     signal.signal(signal.SIGTERM, interrupt)
     signal.signal(signal.SIGINT, interrupt)
     signal.signal(signal.SIGALRM, signal.default_int_handler)
@@ -141,6 +141,8 @@ def interrupt_later(lost):
 def interrupt(number, frame):
     """SIGTERM ends a script as Ctrl-C does. Schedulers may send several: those that follow shall not disturb the ending."""
     global interrupted
+    if os.getpid() != script:  # a loader's process, just forked
+        os._exit(130)
     interrupted = True
     if number == signal.SIGTERM:
         signal.signal(number, signal.SIG_IGN)

@@ -45,10 +45,10 @@ def content(path):
     return f"{path.stat().st_size} {file_fingerprint(path)}"
 
 
-def read_new(file, source):
+def read_new(file, source, outside):
     """Rows of NEW.csv: DataFrame path (below `source`, the input folder, or else absolute), label, content, says (where)."""
     table, base, source = read_csv(file, ["path", "label"]), Path(file).parent.absolute(), Path(source).absolute()
-    inside(table, "path", file)
+    inside(table, "path", file, outside)
     check_images(base, table["path"])
     paths = [base / name for name in table["path"]]
     return pd.DataFrame({
@@ -120,7 +120,7 @@ def change(before, new, train, runs, args, device):
 def main():
     args = parse_args()
     device, train, file = pick_device(args.device), load_train(args), Path(args.output) / ADDED
-    new = read_new(args.csv, args.input) if args.csv else None
+    new = read_new(args.csv, args.input, args.allow_outside) if args.csv else None
     with lock(args.output):
         before, was = load_added(args.output), grow([], args.output, train)[1]
         after = change(before, new, train, load_runs(args.output, None, train, None), args, device)

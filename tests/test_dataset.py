@@ -377,5 +377,9 @@ def test_a_builder_that_is_killed_leaves_what_was_whole(folder, monkeypatch):
     with open(index.with_suffix(".u8"), "ab") as file:
         file.write(b"half an image")
     assert equal(Images(folder, names, [0] * 24, 32, cache=filled(folder, names)), Images(folder, names, [0] * 24, 32))
+    data = bytearray(index.with_suffix(".u8").read_bytes())
+    data[7000] ^= 4  # a bad disk: this image is decoded
+    index.with_suffix(".u8").write_bytes(data)
+    assert equal(Images(folder, names, [0] * 24, 32, cache=filled(folder, names)), Images(folder, names, [0] * 24, 32))
     os.truncate(index.with_suffix(".u8"), 5000)
     assert equal(Images(folder, names, [0] * 24, 32, cache=filled(folder, names)), Images(folder, names, [0] * 24, 32))
