@@ -14,10 +14,12 @@ import argparse
 import json
 import shutil
 import sys
+import tempfile
 from pathlib import Path
 
 from utils import (
     InputError,
+    Store,
     accuracy,
     atomic,
     file_fingerprint,
@@ -26,9 +28,8 @@ from utils import (
     load_npy,
     load_npz,
     lock,
-    new_npy,
-    normalise,
     pick_device,
+    place,
     processes,
     run,
     save_json,
@@ -36,11 +37,9 @@ from utils import (
 )
 
 import numpy as np
+import pandas as pd
 import torch
-import torch.distributed as dist
 
-import votes
-from catalogue import grow, left_out, ranks, strangeness, strangers
 from dataset import (
     encode,
     folds_by,
@@ -54,12 +53,12 @@ from dataset import (
     with_bad,
 )
 from extract import finished_runs
-from search import SCREENS, Joined, Store, merge, topk
+from models import EMBEDDING
+from search import Joined, topk
+from votes import DEFAULT_VOTES, EXPLAINED, VOTES, WITH_HEAD, blocks, check_vote_flags, head_scores, label, vote_flags
 
+ADDED, LEFT_OUT = "added.npz", "left_out.json"  # below output, by scripts/add_products.py and scripts/leave_out.py
 UNKNOWN = "unknown"  # the label of a photograph that --reject takes for none of the products
-EXPLAINED = votes.INDUCTIVE | votes.TRANSDUCTIVE
-VOTES = ["head", *EXPLAINED]
-DEFAULT_VOTES = ["head", "nearest", "sum", "fusion"]  # always scored, for comparison
 
 
 def parse_args():
@@ -91,99 +90,7 @@ def check_reject_flag(parser, args):
         parser.error("--reject must be more than 0 and less than 1")
 
 
-def vote_flags(parser):
-    """The flags of search and votes, for every script that labels."""
-    add = parser.add_argument
-    add("--k", type=int, default=5, help="neighbours (default 5)")
-    add("--power", type=float, default=9.0, help="sum, fusion: exponent of the similarity (default 9)")
-    add("--head-power", type=float, default=10.0, help="fusion: exponent of the head's cosine (default 10)")
-    add("--mix", type=float, default=0.5, help="mix: share of the similarity, 0..1 (default 0.5)")
-    add("--graph-k", type=int, default=10, help="expansion, propagation: neighbours (default 10)")
-    add("--alpha", type=float, default=3.0, help="expansion, propagation: exponent of the similarity (default 3)")
-    add("--damping", type=float, default=0.9, help="propagation: share that comes from neighbours, 0..1 (default 0.9)")
-    add("--centre", choices=["own", "joint"], default="own", help="centring: queries and gallery each lose their own mean, or "
-        "that of both together (default own)")
-    add("--temperature", type=float, default=0.05, help="recentring: of the softmax over cosines (default 0.05)")
-    add("--screen", choices=["auto", *SCREENS], default="auto", help="precision of the search's first look; the result is the "
-        "same (default auto: the fastest here)")
-    add("--memory", type=float, help="GiB that the search may use (default 1; on a GPU half of what is free)")
-
-
-def check_vote_flags(parser, args):
-    if min(args.k, args.graph_k) < 1 or (args.memory is not None and not args.memory > 0) or not args.temperature > 0:
-        parser.error("--k and --graph-k need at least 1 neighbour, --memory and --temperature more than 0")
-    if not (0 <= args.mix <= 1 and 0 <= args.damping < 1):
-        parser.error("--mix must be 0..1, --damping 0 or more and below 1")
-
-
-# -------------------------------------------------------------------------------------------------------------- labels
-
-
-def head_scores(embeddings, head, kind, centres=1):
-    """What the classifier head says of embeddings [n, 512]: cosines (ArcFace), probabilities (softmax), float32 [n, C].
-    head [C, 512]; with sub-centres [C * centres, 512], the nearest of a class counts."""
-    if kind == "softmax":
-        return (torch.from_numpy(np.array(embeddings)) @ torch.from_numpy(np.array(head)).T).softmax(1)
-    cosine = normalise(torch.from_numpy(np.array(embeddings))) @ normalise(torch.from_numpy(np.array(head))).T
-    return cosine.unflatten(1, (-1, centres)).amax(2)
-
-
-def label(queries, gallery, labels, classes, heads, args, wanted, device, scratch, store=None):
-    """Class numbers of the queries by each of the votes `wanted`: ({vote: int64 [n]}, similarity, index).
-
-    queries, gallery: Joined. labels [m]: the gallery's class numbers. heads: function of a slice of the queries -> mean head
-    scores [n, C], or None. scratch: folder for embeddings that a vote changes.
-    """
-    def search(left, right, k, exclude=None, store=None):
-        return topk(left, right, k, exclude, device, args.screen, args.memory, store)
-
-    def changed(name, like):
-        scratch.mkdir(parents=True, exist_ok=True)
-        return new_npy(scratch / f"{name}.npy", np.float32, like.shape)
-
-    def nearest_of(left, right):
-        return labels[search(left, right, 1)[1][:, 0]]
-
-    similarity, index = search(queries, gallery, args.k, store=store)
-    result = {vote: np.empty(len(queries), np.int64) for vote in wanted}
-    for part in votes.blocks(len(queries), 8192):
-        near, number = torch.from_numpy(similarity[part]), torch.from_numpy(labels[index[part]])
-        head = heads(part) if heads else None
-        for vote in result.keys() - votes.OF_EMBEDDINGS:
-            scores = votes.of_neighbours(vote, near, number, classes, head, args)
-            result[vote][part] = scores.argmax(1).numpy()
-    if "centroid" in wanted:
-        result["centroid"] = votes.centroid(queries, gallery, labels, classes).argmax(1).numpy()
-    if "recentring" in wanted:
-        result["recentring"] = votes.recentring(queries, gallery, labels, classes, args.temperature).argmax(1).numpy()
-    if "centring" in wanted:
-        both = votes.mean_row(queries, gallery) if args.centre == "joint" else None
-        result["centring"] = nearest_of(*(votes.centred(x, votes.mean_row(x) if both is None else both, changed(name, x))
-                                          for name, x in [("q", queries), ("g", gallery)]))
-    if "expansion" in wanted:
-        near = search(queries, gallery, args.graph_k), search(gallery, gallery, args.graph_k, np.arange(len(gallery)))
-        result["expansion"] = nearest_of(*(votes.expanded(x, gallery, *found, changed(name, x), args.alpha)
-                                           for name, x, found in zip("qg", (queries, gallery), near, strict=True)))
-    if "propagation" in wanted:
-        graph = joint_graph(queries, gallery, args.graph_k, search)
-        result["propagation"] = votes.propagation(*graph, labels, classes, args.damping, args.alpha).argmax(1).numpy()
-    return result, similarity, index
-
-
-def joint_graph(queries, gallery, k, search):
-    """Neighbours of all nodes, the gallery first, then the queries, among all nodes but themselves: (similarity, index)."""
-    m, n = len(gallery), len(queries)
-    rows = []
-    for nodes, own in [(gallery, (np.arange(m), None)), (queries, (None, np.arange(n)))]:
-        found = [search(nodes, others, k, exclude) for others, exclude in zip((gallery, queries), own, strict=True)]
-        near, which = (torch.from_numpy(np.concatenate(pair, 1)) for pair in
-                       [(found[0][0], found[1][0]), (found[0][1], found[1][1] + m)])
-        rows.append(merge(near, which, k))
-    width = min(r[0].shape[1] for r in rows)
-    return tuple(torch.cat([r[i][:, :width] for r in rows]).numpy() for i in range(2))
-
-
-# ----------------------------------------------------------------------------------------------------------------- runs
+# -------------------------------------------------------------------------------------------------- runs and their gallery
 
 
 def load_runs(output, names, train, test):
@@ -217,6 +124,59 @@ def load_runs(output, names, train, test):
                      "train": embeddings("train.npy", len(train)),
                      "test": None if test is None else embeddings("test.npy", len(test))})
     return runs
+
+
+def load_added(output):
+    """What scripts/add_products.py wrote, a dict of arrays, empty ones where it wrote nothing. path, label, content [n]: the
+    added images; removed: labels of train.csv that left the gallery; runs, stamps [R]: what embedded them; embeddings
+    float32 [R, n, 512]."""
+    file = Path(output) / ADDED
+    if not file.exists():
+        texts = ("path", "label", "content", "removed", "runs", "stamps")
+        return dict.fromkeys(texts, np.empty(0, dtype=str)) | {"embeddings": np.empty((0, 0, EMBEDDING), np.float32)}
+    return load_npz(file, "delete it and add the products again")
+
+
+def embedded_by(run):
+    """What the embeddings of a run's gallery depend on, as text."""
+    return json.dumps([run["stamp"][key] for key in ("checkpoint", "sizes", "gem_p")])
+
+
+def grow(runs, output, train):
+    """The gallery as scripts/add_products.py left it: train.csv less the removed labels, then the added images; as it was where
+    nothing was added or removed.
+
+    Returns (runs, gallery): the runs with the embeddings of the gallery's rows [m, 512] as their "train", and without a head
+    where it no longer fits the classes; DataFrame path, label, whose index is the row of train.csv, counted on for the added
+    images: len(train) is the first of them."""
+    added = load_added(output)
+    if not len(added["path"]) and not len(added["removed"]):
+        return runs, train
+    file, kept = Path(output) / ADDED, np.flatnonzero(~train["label"].isin(added["removed"]))
+    number = np.arange(len(train), len(train) + len(added["path"]))
+    new = pd.DataFrame({"path": added["path"], "label": added["label"]}, number, dtype=object)
+    gallery = pd.concat([train.loc[kept, ["path", "label"]], new])
+    embeddings = {name: rows for name, *rows in zip(added["runs"], added["stamps"], added["embeddings"], strict=True)}
+    fits, stamp, grown = encode(gallery["label"])[0] == encode(train["label"])[0], file_fingerprint(file), []
+    for r in runs:
+        by, more = embeddings.get(r["name"], (None, r["train"][:0]))
+        if len(new) and by != embedded_by(r):
+            raise InputError(f"{file} does not come from {r['name']} as it is now; run scripts/add_products.py, it embeds the "
+                             "added images again")
+        grown.append(r | {"train": stacked(r["train"], kept, more, output), "kind": r["kind"] if fits else None,
+                          "stamp": r["stamp"] | {"added": stamp}})
+    return grown, gallery
+
+
+def stacked(array, rows, more, folder):
+    """The given rows of an array [N, D], then all of `more` [n, D], in a file without a name: it takes disk, not memory, and is
+    gone with the process."""
+    with tempfile.TemporaryFile(dir=folder) as file:
+        result = np.memmap(file, np.float32, "w+", shape=(len(rows) + len(more), array.shape[1]))
+    for part in blocks(len(rows)):
+        result[part] = array[rows[part]]
+    result[len(rows):] = more
+    return result
 
 
 def load_neighbours(output, queries, gallery):
@@ -264,6 +224,93 @@ def label_oof(runs, fold, labels, classes, args, wanted, device):
     return result
 
 
+def scratch(args):
+    """Folder of this process for what a search leaves while it runs."""
+    return Path(args.output) / "search" / f"process{place()[0]}"
+
+
+def fitting(runs, names):
+    """Those of the votes that these runs allow: some need heads that fit the classes."""
+    return [name for name in names if name not in WITH_HEAD or mean_heads(runs, "train")]
+
+
+def score(said, truth):
+    """{vote: accuracy over the rows that have a label}, or None when none has."""
+    known = next(iter(said.values())) >= 0
+    return {vote: round(accuracy(s[known], truth[known]), 4) for vote, s in said.items()} if known.any() else None
+
+
+# ------------------------------------------------------------------------------------------- what is not in the gallery
+
+
+def nearest_stranger(arrays, rows, gallery, own, labels, device):
+    """Similarity of the `rows` of the arrays [N, D] to the nearest gallery row of another label, float32 [n]. own [n], labels
+    [m]: class numbers."""
+    best, todo, k = np.full(len(rows), -1.0, np.float32), np.arange(len(rows)), 64
+    while len(todo):
+        similarity, index = topk(Joined(arrays, rows[todo]), gallery, k, device=device)
+        other = labels[index] != own[todo, None]
+        first, found = other.argmax(1), other.any(1)
+        best[todo] = np.take_along_axis(similarity, first[:, None], 1)[:, 0]
+        todo, k = todo[~found], k * 8
+    return best
+
+
+def strangers(runs, grown, fold, own, numbers, output, device):
+    """What photographs of products that are not in the gallery look like to each fold's runs: {fold: similarities to the
+    nearest gallery image, ascending}, of the images that these runs held out, each with its product taken out of the gallery.
+
+    own [N], numbers [m]: class numbers of train.csv's rows and of the gallery's. Kept in output/strangers.npz, since
+    scripts/classify.py is to be fast."""
+    file, key = Path(output) / "strangers.npz", fingerprint([[json.dumps(r["stamp"]) for r in grown]])
+    if file.exists():
+        arrays = load_npz(file, "delete it, it is made anew")
+        if arrays.pop("key", None) == key:
+            return arrays
+    found = {}
+    for k in range(fold.max() + 1):
+        out, rows = [i for i, r in enumerate(runs) if r["fold"] == str(k)], np.flatnonzero(fold == k)
+        if out and len(rows):
+            gallery = Joined([grown[i]["train"] for i in out])
+            near = nearest_stranger([runs[i]["train"] for i in out], rows, gallery, own[rows], numbers, device)
+            found[str(k)] = np.sort(near)
+    if place()[0] == 0:
+        with atomic(file) as temporary, open(temporary, "wb") as opened:
+            np.savez(opened, key=key, **found)
+    return found
+
+
+def strangeness(runs, found, device):
+    """How likely a photograph of a product that is not in the gallery is as similar to it as a test image is, [n]: a p-value,
+    the share of the `strangers` found that are, those of each fold compared by its own runs.
+    Sources: the nearest similarity, Sun et al., Out-of-distribution detection with deep nearest neighbors, ICML 2022; the ranks
+    over folds, Vovk, Cross-conformal predictors, Annals of Mathematics and Artificial Intelligence 2015."""
+    count = np.ones(len(runs[0]["test"]))
+    for k, near in found.items():
+        out = [r for r in runs if r["fold"] == k]
+        best = topk(Joined([r["test"] for r in out]), Joined([r["train"] for r in out]), 1, device=device)[0][:, 0]
+        count += len(near) - np.searchsorted(near, best)
+    return count / (1 + sum(map(len, found.values())))
+
+
+def left_out(output):
+    """The strangeness of products that no run trained on, by scripts/leave_out.py; None where it did not run, or for runs of
+    another recipe."""
+    file = Path(output) / LEFT_OUT
+    if not file.exists():
+        return None
+    left = load_json(file)
+    recorded = {name: Path(output) / name / "args.json" for name in left["recipes"]}
+    same = all(path.exists() and load_json(path) == left["recipes"][name] for name, path in recorded.items())
+    return np.array(left["strangeness"]) if same else None
+
+
+def ranks(strange, unseen):
+    """The p-values of strangeness [n] made true for products that no run trained on: their ranks among the `unseen` ones of
+    such products. As they are they are too low, for the runs trained on the products of the `strangers` and keep them apart."""
+    return (1 + np.searchsorted(np.sort(unseen), strange, "right")) / (1 + len(unseen))
+
+
 def reject(runs, grown, train, classes, numbers, args, device):
     """Which of the test images --reject takes for none of the products, bool [n]."""
     if UNKNOWN in classes:
@@ -281,25 +328,12 @@ def reject(runs, grown, train, classes, numbers, args, device):
     return ranks(strange, unseen) > args.reject
 
 
-def scratch(args):
-    """Folder of this process for what a search leaves while it runs."""
-    return Path(args.output) / "search" / (f"process{dist.get_rank()}" if dist.is_initialized() else "process0")
-
-
-def fitting(runs, names):
-    """Those of the votes that these runs allow: some need heads that fit the classes."""
-    return [name for name in names if name not in votes.WITH_HEAD or mean_heads(runs, "train")]
-
-
-def score(said, truth):
-    """{vote: accuracy over the rows that have a label}, or None when none has."""
-    known = next(iter(said.values())) >= 0
-    return {vote: round(accuracy(s[known], truth[known]), 4) for vote, s in said.items()} if known.any() else None
+# ------------------------------------------------------------------------------------------------------------- the work
 
 
 def retrieve(args, device, train, test):
     """Search, vote, write; returns the scores. Under torchrun only the first process writes."""
-    first = not dist.is_initialized() or dist.get_rank() == 0
+    first = place()[0] == 0
     runs = load_runs(args.output, args.runs, train, test)
     grown, gallery = grow(runs, args.output, train)
     (trained, labels), (classes, numbers) = encode(train["label"]), encode(gallery["label"])

@@ -12,7 +12,7 @@ with |q| = 1, |g'| <= 1 + |s|, |r| and |s| measured. Sums of D products in float
 
 import warnings
 
-from utils import InputError, Store, on_first, pick_precision, progress
+from utils import InputError, Store, on_first, pick_precision, place, progress
 
 import numpy as np
 import torch
@@ -278,7 +278,7 @@ def pick_screen(name, device, work):
 def search(queries, gallery, k, exclude, device, screen, memory, first=0):
     """Yields (slice of the queries, similarity, index), a chunk at a time, from query number `first` on. Under torchrun
     every process searches its share of the gallery and gets the joint result."""
-    rank, ranks = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    rank, ranks = place()
     low, high = len(gallery) * rank // ranks, len(gallery) * (rank + 1) // ranks
     width, names = gallery.shape[1], list(SCREENS)
     row_bytes = {name: width * (SCREENS[name].itemsize + (0 if in_place(device) else 4)) + 16 for name in names}

@@ -5,8 +5,12 @@ Inductive votes label a query by itself. Transductive ones use that all queries 
 from the queries' own clusters, and a query's label depends on which others came with it.
 """
 
+from utils import new_npy, normalise
+
 import numpy as np
 import torch
+
+from search import SCREENS, merge, topk
 
 INDUCTIVE = {
     "nearest": "the class of the nearest image",
@@ -23,6 +27,34 @@ TRANSDUCTIVE = {
 }
 OF_EMBEDDINGS = {"centroid", "expansion", *TRANSDUCTIVE}  # need more than the neighbours
 WITH_HEAD = ("head", "mix", "fusion")  # need heads that fit the classes
+EXPLAINED = INDUCTIVE | TRANSDUCTIVE
+VOTES = ["head", *EXPLAINED]
+DEFAULT_VOTES = ["head", "nearest", "sum", "fusion"]  # always scored, for comparison
+
+
+def vote_flags(parser):
+    """The flags of search and votes, for every script that labels."""
+    add = parser.add_argument
+    add("--k", type=int, default=5, help="neighbours (default 5)")
+    add("--power", type=float, default=9.0, help="sum, fusion: exponent of the similarity (default 9)")
+    add("--head-power", type=float, default=10.0, help="fusion: exponent of the head's cosine (default 10)")
+    add("--mix", type=float, default=0.5, help="mix: share of the similarity, 0..1 (default 0.5)")
+    add("--graph-k", type=int, default=10, help="expansion, propagation: neighbours (default 10)")
+    add("--alpha", type=float, default=3.0, help="expansion, propagation: exponent of the similarity (default 3)")
+    add("--damping", type=float, default=0.9, help="propagation: share that comes from neighbours, 0..1 (default 0.9)")
+    add("--centre", choices=["own", "joint"], default="own", help="centring: queries and gallery each lose their own mean, or "
+        "that of both together (default own)")
+    add("--temperature", type=float, default=0.05, help="recentring: of the softmax over cosines (default 0.05)")
+    add("--screen", choices=["auto", *SCREENS], default="auto", help="precision of the search's first look; the result is the "
+        "same (default auto: the fastest here)")
+    add("--memory", type=float, help="GiB that the search may use (default 1; on a GPU half of what is free)")
+
+
+def check_vote_flags(parser, args):
+    if min(args.k, args.graph_k) < 1 or (args.memory is not None and not args.memory > 0) or not args.temperature > 0:
+        parser.error("--k and --graph-k need at least 1 neighbour, --memory and --temperature more than 0")
+    if not (0 <= args.mix <= 1 and 0 <= args.damping < 1):
+        parser.error("--mix must be 0..1, --damping 0 or more and below 1")
 
 
 # ------------------------------------------------------------------------------------ of similarity and label, both [n, k]
@@ -163,3 +195,70 @@ def propagation(similarity, index, labels, classes, damping=0.9, power=3.0, roun
             state = damping * (graph @ state) + start
         scores[:, first:first + width] = state[known:]
     return scores
+
+
+# -------------------------------------------------------------------------------------------------------------- labels
+
+
+def head_scores(embeddings, head, kind, centres=1):
+    """What the classifier head says of embeddings [n, 512]: cosines (ArcFace), probabilities (softmax), float32 [n, C].
+    head [C, 512]; with sub-centres [C * centres, 512], the nearest of a class counts."""
+    if kind == "softmax":
+        return (torch.from_numpy(np.array(embeddings)) @ torch.from_numpy(np.array(head)).T).softmax(1)
+    cosine = normalise(torch.from_numpy(np.array(embeddings))) @ normalise(torch.from_numpy(np.array(head))).T
+    return cosine.unflatten(1, (-1, centres)).amax(2)
+
+
+def label(queries, gallery, labels, classes, heads, args, wanted, device, scratch, store=None):
+    """Class numbers of the queries by each of the votes `wanted`: ({vote: int64 [n]}, similarity, index).
+
+    queries, gallery: Joined. labels [m]: the gallery's class numbers. heads: function of a slice of the queries -> mean head
+    scores [n, C], or None. scratch: folder for embeddings that a vote changes.
+    """
+    def search(left, right, k, exclude=None, store=None):
+        return topk(left, right, k, exclude, device, args.screen, args.memory, store)
+
+    def changed(name, like):
+        scratch.mkdir(parents=True, exist_ok=True)
+        return new_npy(scratch / f"{name}.npy", np.float32, like.shape)
+
+    def nearest_of(left, right):
+        return labels[search(left, right, 1)[1][:, 0]]
+
+    similarity, index = search(queries, gallery, args.k, store=store)
+    result = {vote: np.empty(len(queries), np.int64) for vote in wanted}
+    for part in blocks(len(queries), 8192):
+        near, number = torch.from_numpy(similarity[part]), torch.from_numpy(labels[index[part]])
+        head = heads(part) if heads else None
+        for vote in result.keys() - OF_EMBEDDINGS:
+            scores = of_neighbours(vote, near, number, classes, head, args)
+            result[vote][part] = scores.argmax(1).numpy()
+    if "centroid" in wanted:
+        result["centroid"] = centroid(queries, gallery, labels, classes).argmax(1).numpy()
+    if "recentring" in wanted:
+        result["recentring"] = recentring(queries, gallery, labels, classes, args.temperature).argmax(1).numpy()
+    if "centring" in wanted:
+        both = mean_row(queries, gallery) if args.centre == "joint" else None
+        result["centring"] = nearest_of(*(centred(x, mean_row(x) if both is None else both, changed(name, x))
+                                          for name, x in [("q", queries), ("g", gallery)]))
+    if "expansion" in wanted:
+        near = search(queries, gallery, args.graph_k), search(gallery, gallery, args.graph_k, np.arange(len(gallery)))
+        result["expansion"] = nearest_of(*(expanded(x, gallery, *found, changed(name, x), args.alpha)
+                                           for name, x, found in zip("qg", (queries, gallery), near, strict=True)))
+    if "propagation" in wanted:
+        graph = joint_graph(queries, gallery, args.graph_k, search)
+        result["propagation"] = propagation(*graph, labels, classes, args.damping, args.alpha).argmax(1).numpy()
+    return result, similarity, index
+
+
+def joint_graph(queries, gallery, k, search):
+    """Neighbours of all nodes, the gallery first, then the queries, among all nodes but themselves: (similarity, index)."""
+    m, n = len(gallery), len(queries)
+    rows = []
+    for nodes, own in [(gallery, (np.arange(m), None)), (queries, (None, np.arange(n)))]:
+        found = [search(nodes, others, k, exclude) for others, exclude in zip((gallery, queries), own, strict=True)]
+        near, which = (torch.from_numpy(np.concatenate(pair, 1)) for pair in
+                       [(found[0][0], found[1][0]), (found[0][1], found[1][1] + m)])
+        rows.append(merge(near, which, k))
+    width = min(r[0].shape[1] for r in rows)
+    return tuple(torch.cat([r[i][:, :width] for r in rows]).numpy() for i in range(2))

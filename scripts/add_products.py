@@ -19,11 +19,10 @@ from utils import InputError, atomic, file_fingerprint, lock, pick_device, progr
 import numpy as np
 import pandas as pd
 
-from catalogue import ADDED, embedded_by, grow, load_added
 from dataset import check_images, inside, load_train, read_csv
 from extract import embed_files
 from models import EMBEDDING
-from retrieve import load_runs
+from retrieve import ADDED, embedded_by, grow, load_added, load_runs
 
 COLUMNS = ("path", "label", "content")
 

@@ -23,10 +23,9 @@ from expect import NEIGHBOURS, class_best, fit_sharpness, known_looks, log_odds,
 from leave_out import draw, train_again, without
 from sklearn.metrics import roc_auc_score
 
-from catalogue import ranks, strangeness, strangers
 from dataset import encode, load_folds, read_solution, read_test, read_train
 from extract import embed_files, run_folder
-from retrieve import load_runs
+from retrieve import load_runs, ranks, strangeness, strangers
 from search import Joined, topk
 
 RECIPE = {"epochs": 5, "eval_every": 5, "fold_by": "look", "scale": 20, "margin": 0.2, "lr": 0.006, "head_lr_scale": 5}

@@ -27,8 +27,8 @@ import torch
 import torch.nn.functional as F
 from export_index import ENGINES, export
 
-from retrieve import VOTES, check_vote_flags, label, vote_flags
 from search import QUERIES, SCREENS, TILE, Joined, pick_screen, topk
+from votes import VOTES, check_vote_flags, label, vote_flags
 
 METHODS = ["ours", "faiss", "sklearn", "torch", "limit"]
 

@@ -35,7 +35,6 @@ import torch
 from expect import NEIGHBOURS, calibrate, class_best, known_looks, out_of_fold, probability
 from torch.utils.data import Dataset, default_collate
 
-from catalogue import grow
 from dataset import (
     SUFFIXES,
     check_images,
@@ -49,7 +48,7 @@ from dataset import (
 )
 from extract import embed_pass, load_model
 from models import Model
-from retrieve import UNKNOWN, check_reject_flag, load_runs, reject, reject_flag
+from retrieve import UNKNOWN, check_reject_flag, grow, load_runs, reject, reject_flag
 from search import as_tensor, merge
 
 
@@ -102,27 +101,28 @@ class Views(Dataset):
 
 
 def load(args, device):
-    """What labels photographs, loaded once: (runs, gallery). The runs of load_runs, each with its model, its views and the
-    inverse norms of its gallery; gallery: DataFrame path, label of their rows."""
+    """What labels photographs, loaded once: (runs, gallery, train, trained). The runs of retrieve.grow, each with its model,
+    its views and the inverse norms of its gallery; gallery: DataFrame path, label of their rows; train, trained: the rows of
+    train.csv and the runs of load_runs."""
     keep_freed_memory()
     train = load_train(args)
-    runs, gallery = grow(load_runs(args.output, args.runs, train, None), args.output, train)
+    trained = load_runs(args.output, args.runs, train, None)
+    runs, gallery = grow(trained, args.output, train)
     for r in runs:
         r["model"] = load_model(Path(args.output) / r["name"], device).eval()
         r["views"] = [(size, r["stamp"]["resize"]) for size in r["stamp"]["sizes"]]
         r["inverse"] = 1 / torch.linalg.vector_norm(as_tensor(r["train"]), dim=1).clamp(min=1e-12)
-    return runs, gallery
+    return runs, gallery, train, trained
 
 
-def load_calibration(args, runs, device):
+def load_calibration(args, train, trained, device):
     """What held-out images teach of the confidence of the nearest image's label: as scripts/expect.py wrote it, or, for other
     runs than those, learned now. None, and a word, where no run held images out."""
     file = Path(args.output) / "expected.json"
     expected = load_json(file, runs=dict, calibration=dict) if file.exists() else {"runs": None}
-    if expected["runs"] == {r["name"]: r["stamp"]["checkpoint"] for r in runs}:
+    if expected["runs"] == {r["name"]: r["stamp"]["checkpoint"] for r in trained}:
         return expected["calibration"]
-    train = load_train(args)
-    trained, labels = load_runs(args.output, args.runs, train, None), encode(train["label"])[1]
+    labels = encode(train["label"])[1]
     if not any(str(r["fold"]).isdecimal() for r in trained):
         print("no confidence: no run held images out", file=sys.stderr)
         return None
@@ -183,14 +183,11 @@ def main():
     device = pick_device(args.device)
     photos = find_photos(args.photos)
     check_images(".", photos)
-    runs, gallery = load(args, device)
+    runs, gallery, train, trained = load(args, device)
     classes, labels = encode(gallery["label"])
-    calibration = load_calibration(args, runs, device)
+    calibration = load_calibration(args, train, trained, device)
     number, confidence, similarity, index = classify(photos, runs, labels, len(classes), calibration, args, device)
-    strange = np.zeros(len(photos), bool)
-    if args.reject:
-        train = load_train(args)
-        strange = reject(load_runs(args.output, args.runs, train, None), runs, train, classes, labels, args, device)
+    strange = reject(trained, runs, train, classes, labels, args, device) if args.reject else np.zeros(len(photos), bool)
     said = [{"photo": str(photo), "label": UNKNOWN if strange[i] else classes[number[i]],
              "confidence": None if confidence is None or strange[i] else round(float(confidence[i]), 4),
              "neighbours": [{"path": gallery["path"].iloc[j], "label": classes[labels[j]], "similarity": round(float(s), 4)}

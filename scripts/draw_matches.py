@@ -16,9 +16,8 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from utils import atomic, run, script_parser
 
-from catalogue import grow
 from dataset import load_train, read_csv, read_image, read_solution, resize
-from retrieve import load_neighbours
+from retrieve import grow, load_neighbours
 
 GREEN, RED, GREY, INK = (46, 160, 67), (207, 60, 50), (140, 140, 140), (40, 40, 40)
 

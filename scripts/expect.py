@@ -29,7 +29,6 @@ from sklearn.isotonic import IsotonicRegression
 from sklearn.linear_model import LogisticRegression
 from sklearn.model_selection import StratifiedKFold, cross_val_score
 
-from catalogue import grow
 from dataset import (
     encode,
     folds_by,
@@ -43,7 +42,7 @@ from dataset import (
     read_test,
     with_bad,
 )
-from retrieve import UNKNOWN, load_runs
+from retrieve import UNKNOWN, grow, load_runs
 from search import Joined, topk
 
 NEIGHBOURS = 100  # looked at for the evidence: enough that several classes are among them

@@ -14,7 +14,7 @@ import zlib
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from utils import InputError, load_checkpoint, load_json, load_npy, save_json
+from utils import InputError, Store, load_checkpoint, load_json, load_npy, save_json
 
 import cv2
 import numpy as np
@@ -27,7 +27,7 @@ import train
 from extract import is_finished, load_run
 from models import Model, load_weights
 from retrieve import load_neighbours, load_runs
-from search import Store, topk
+from search import topk
 
 NET = "test_efficientnet"
 LETTERS = ["=", "+", "-", "@", "\"", ",", "'", "\n", " ", "a", "é", "우", "\u202e", "\U0001f600", "\x1b", "<", "NA"]

@@ -18,10 +18,9 @@ from utils import InputError, atomic, load_json, pick_device, run, save_json, sc
 
 import numpy as np
 
-from catalogue import LEFT_OUT, strangeness, strangers
 from dataset import encode, load_folds, read_train
 from extract import embed_files, finished_runs, run_folder
-from retrieve import load_runs
+from retrieve import LEFT_OUT, load_runs, strangeness, strangers
 
 ROOT = Path(__file__).resolve().parent.parent
 NOT_REPEATED = {"pseudo", "pseudo_min"}  # pseudo-labels may be those of products left out

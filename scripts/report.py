@@ -22,9 +22,8 @@ import numpy as np
 import pandas as pd
 from sklearn.decomposition import PCA
 
-from catalogue import grow
 from dataset import bad_images, has_test, load_folds, load_train, read_csv, read_image, read_solution, resize
-from retrieve import load_neighbours, load_runs
+from retrieve import grow, load_neighbours, load_runs
 from search import Joined, topk
 
 SIDE, NEAR = 110, 5  # pixels of a picture on the page; neighbours shown

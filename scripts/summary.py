@@ -18,20 +18,9 @@ import pandas as pd
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from utils import duration, pick_device, run, save_text, script_parser
 
-from catalogue import grow
 from dataset import encode, load_folds, load_test, load_train, read_solution, read_test, with_bad
-from retrieve import (
-    DEFAULT_VOTES,
-    VOTES,
-    check_vote_flags,
-    fitting,
-    label_oof,
-    label_test,
-    load_runs,
-    score,
-    scratch,
-    vote_flags,
-)
+from retrieve import fitting, grow, label_oof, label_test, load_runs, score, scratch
+from votes import DEFAULT_VOTES, VOTES, check_vote_flags, vote_flags
 
 NAMES = {"head": "classifier head", "nearest": "nearest neighbour", "sum": "vote", "fusion": "fusion"}
 

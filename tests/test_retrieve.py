@@ -12,8 +12,8 @@ from conftest import ROOT
 
 import search
 import votes
-from retrieve import head_scores, joint_graph
 from search import Joined, topk
+from votes import head_scores, joint_graph
 
 
 def brute_force(queries, gallery, k, exclude=None):

@@ -7,7 +7,7 @@ import subprocess
 import sys
 import time
 
-from utils import InputError, load_checkpoint, load_json, load_npy, new_npy, run, save_checkpoint, save_json
+from utils import InputError, Store, load_checkpoint, load_json, load_npy, new_npy, run, save_checkpoint, save_json
 
 import cv2
 import numpy as np
@@ -30,7 +30,7 @@ from dataset import (
 )
 from extract import embed, is_finished
 from models import Model, load_weights
-from search import Store, topk
+from search import topk
 
 
 def flip(path, place, bit=0):

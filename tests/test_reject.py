@@ -12,7 +12,7 @@ import pandas as pd
 import pytest
 from conftest import script
 
-import catalogue
+import retrieve
 
 
 def unit(x):
@@ -50,20 +50,20 @@ def naive_strangeness(runs, fold, labels):
 
 def test_strangeness_equals_a_naive_reference(tmp_path):
     runs, fold, labels, _ = open_set(np.random.default_rng(0), classes=6, each=30)
-    found = catalogue.strangers(runs, runs, fold, labels, labels, tmp_path, "cpu")
+    found = retrieve.strangers(runs, runs, fold, labels, labels, tmp_path, "cpu")
     expected = naive_strangeness(runs, fold, labels)
-    assert np.allclose(catalogue.strangeness(runs, found, "cpu"), expected, atol=2.5 / len(fold)) and expected.min() < 0.1
-    again = catalogue.strangers(runs, runs, fold, labels, labels, tmp_path, "cpu")
+    assert np.allclose(retrieve.strangeness(runs, found, "cpu"), expected, atol=2.5 / len(fold)) and expected.min() < 0.1
+    again = retrieve.strangers(runs, runs, fold, labels, labels, tmp_path, "cpu")
     assert all(np.array_equal(found[k], again[k]) for k in found | again)
     other = [r | {"stamp": {"k": "trained since"}, "train": r["train"] + 1} for r in runs]
-    assert not np.array_equal(catalogue.strangers(other, other, fold, labels, labels, tmp_path, "cpu")["0"], found["0"])
+    assert not np.array_equal(retrieve.strangers(other, other, fold, labels, labels, tmp_path, "cpu")["0"], found["0"])
 
 
 def test_the_nearest_of_another_label_is_found_behind_many_of_the_own():
     rng = np.random.default_rng(1)
     x = np.concatenate([np.eye(8)[0] + 0.05 * rng.normal(size=(700, 8)), rng.normal(size=(5, 8))]).astype(np.float32)
     labels, rows = np.repeat([0, 1], [700, 5]), np.array([3, 699, 702])
-    near = catalogue.nearest_stranger([x], rows, catalogue.Joined([x]), labels[rows], labels, "cpu")
+    near = retrieve.nearest_stranger([x], rows, retrieve.Joined([x]), labels[rows], labels, "cpu")
     cosine = unit(x) @ unit(x).T
     assert np.allclose(near, [cosine[i, labels != labels[i]].max() for i in rows], atol=1e-6)
 
@@ -73,8 +73,8 @@ def test_the_rate_of_false_accepts_is_the_wanted_one(tmp_path):
     accepted, kept = [], []
     for seed in range(30):
         runs, fold, labels, known = open_set(np.random.default_rng(seed))
-        found = catalogue.strangers(runs, runs, fold, labels, labels, tmp_path / str(seed), "cpu")
-        accept = catalogue.strangeness(runs, found, "cpu") <= 0.1
+        found = retrieve.strangers(runs, runs, fold, labels, labels, tmp_path / str(seed), "cpu")
+        accept = retrieve.strangeness(runs, found, "cpu") <= 0.1
         accepted.append(accept[~known].mean())
         kept.append(accept[known].mean())
     assert 0.02 < np.mean(accepted) < 0.12 and np.mean(kept) > 0.8, "two runs averaged: at most the rate, rather less"
@@ -82,7 +82,7 @@ def test_the_rate_of_false_accepts_is_the_wanted_one(tmp_path):
 
 def test_products_left_out_correct_the_rate():
     strange = np.array([0.001, 0.02, 0.05, 0.9])
-    assert np.allclose(catalogue.ranks(strange, [0.5, 0.01, 0.04]), [1 / 4, 2 / 4, 3 / 4, 1])
+    assert np.allclose(retrieve.ranks(strange, [0.5, 0.01, 0.04]), [1 / 4, 2 / 4, 3 / 4, 1])
 
 
 @pytest.fixture
