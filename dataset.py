@@ -522,12 +522,16 @@ def check_inputs(args, full=False):
     return train, test
 
 
-def input_flags(parser):
-    """The flags of the scripts that embed the images of --input."""
+def cache_flags(parser):
     parser.add_argument("--cache", action=argparse.BooleanOptionalAction, default=True, help="decode and resize each image "
                         "once for all runs and epochs, into INPUT/.cache, where the disk has room (default on)")
     parser.add_argument("--cache-size", type=float, metavar="GB", help="most that the cache may take (default: half of the "
                         "free disk)")
+
+
+def input_flags(parser):
+    """The flags of the scripts that embed the images of --input."""
+    cache_flags(parser)
     parser.add_argument("--deterministic", action="store_true", help="on a GPU, only algorithms that give the same digits each "
                         "time; slower. On a CPU they always do, for the same number of threads")
     parser.add_argument("--skip-bad-images", action="store_true", help="decode every image once; list those that cannot be "

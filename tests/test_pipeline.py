@@ -4,6 +4,7 @@ import hashlib
 import importlib.util
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -479,6 +480,23 @@ def test_run_all_in_two_rounds(data, tmp_path):
     count = [int(log.split(" images, ")[0].split()[-1]) for log in (first, second)]
     assert count[1] == count[0] + 12
     assert (tmp_path / "round2" / "submission.csv").exists()
+
+
+SCRIPTS = [p for p in sorted([*ROOT.glob("*.py"), *ROOT.glob("scripts/*.py")]) if "if __name__" in p.read_text()]
+
+
+@pytest.mark.parametrize("path", SCRIPTS, ids=lambda path: path.stem)
+def test_every_script_starts_and_the_readme_has_its_flags(path):
+    name = str(path.relative_to(ROOT))
+    shown = set(re.findall(r"--(?!no-|help|input|output|device|allow-outside)[a-z][a-z-]*",
+                           script(name, "--help").stdout.split("\n\n")[0]))
+    table = (ROOT / "README.md").read_text().split("## Every script")[1].split("## Troubleshooting")[0]
+    row = next(line for line in table.splitlines() if line.startswith("| `") and f"`{name}`" in line.split("|")[1])
+    listed = set(re.findall(r"--[a-z][a-z-]*", row.replace("[no-]", "")))
+    if "flags of search and votes" in row:
+        listed |= {f"--{flag}" for flag in ("k", "power", "head-power", "mix", "graph-k", "alpha", "damping", "centre",
+                                            "temperature", "screen", "memory")}
+    assert shown <= listed, shown - listed
 
 
 def test_run_all_says_what_is_missing_and_refuses_a_second_copy(data, tmp_path):
