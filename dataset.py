@@ -27,6 +27,7 @@ from utils import (
     atomic,
     file_fingerprint,
     fingerprint,
+    hand_back_memory,
     load_json,
     lock,
     on_first,
@@ -709,6 +710,8 @@ def make_loader(images, batches, workers, device, collate=_collate):
     """Batches (uint8 [B, 3, H, W], int64 [B]): of so many images, in order, or those of an EpochSampler. The loader has a
     random generator of its own: it draws from it when its workers start, in the first epoch and after a resume."""
     ordered = isinstance(batches, int)
+    if workers:
+        hand_back_memory()
     return DataLoader(images, **{"batch_size" if ordered else "batch_sampler": batches}, num_workers=workers,
                       worker_init_fn=_start_worker, collate_fn=collate, generator=torch.Generator(),
                       pin_memory=device.type == "cuda", persistent_workers=workers > 0 and not ordered)

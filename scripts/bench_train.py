@@ -14,6 +14,7 @@ Reads  input/train.csv and its images; writes INPUT/.cache
 """
 
 import multiprocessing
+import os
 import sys
 from collections import deque
 from concurrent.futures import ProcessPoolExecutor
@@ -24,7 +25,7 @@ from utils import autocast, duration, keep_freed_memory, pick_device, pick_preci
 
 import numpy as np
 import torch
-from bench_extract import bench_flags, original_embedding, report, timed
+from bench_extract import LIBRARIES, bench_flags, original_embedding, report, timed
 
 import train
 from dataset import Cache, EpochSampler, Images, augmentation, encode, make_loader, read_train
@@ -112,6 +113,7 @@ def main():
                  "read cache": lambda: deque(loader("cache"), 0), "read jpeg": lambda: deque(loader("jpeg"), 0), "copy": copy}
         step()
         seconds = {name: [] for name in [*calls, "original"]}
+        os.environ |= LIBRARIES
         with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as other:
             for _ in range(args.repeat):
                 for name, call in calls.items():
