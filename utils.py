@@ -51,6 +51,7 @@ from tqdm import tqdm
 
 TO_DO = ("is it there, may you read and write it, has the disk space? Then run the same command again: what is finished is "
          "kept")
+PLAIN = ("args", "best", "classes", "epoch", "held_out", "history", "train")  # of a checkpoint of ours: no tensors in them
 CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f]")
 
 
@@ -485,6 +486,8 @@ def load_checkpoint(path, **kinds):
         for key, kind in kinds.items():
             if not (isinstance(value, dict) and isinstance(value.get(key), kind)):
                 raise ValueError(f"no proper {key!r}")
+        if kinds:
+            json.dumps([value.get(key) for key in PLAIN])  # TypeError
         return value
     except FileNotFoundError:
         raise InputError(f"{path} is not there; run train.py first") from None

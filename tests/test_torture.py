@@ -244,6 +244,13 @@ def test_no_pipe_device_or_huge_image_is_read(tmp_path):
         read_train(tmp_path)
 
 
+def test_a_tensor_where_a_checkpoint_has_plain_values_is_refused(data, finished):
+    file = finished / "test_efficientnet" / "fold0" / "best.pt"
+    torch.save(load_checkpoint(file) | {"held_out": torch.zeros(2)}, file)
+    refused = script("extract.py", "--input", data, "--output", finished, code=2)
+    assert "fold0/best.pt is damaged or no plain checkpoint" in refused.stderr and "Tensor" in refused.stderr
+
+
 def test_compressed_checkpoints_and_archives_as_npy_are_refused(tmp_path):
     import zipfile
 
