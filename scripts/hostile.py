@@ -263,6 +263,7 @@ class Cases:
         self.name, source = name, self.whole / NET / "fold0"
         file, kind = folder / name, int(rng.integers(7))
         state = load_checkpoint(source / name)
+        stamps = {name: state.get(name) for name in ("train", "held_out")}
         if kind == 0:
             torch.save({"model": Code(self.canary)}, file)
         elif kind == 1:
@@ -283,7 +284,7 @@ class Cases:
             load_run(folder)
             load_weights(Model(NET, 3), NET, str(file))
         else:
-            train.load_last(folder, {"train": state.get("train"), "held_out": state.get("held_out")})
+            train.load_last(folder, stamps)
 
     def json(self, folder, rng):
         """args.json, extract.json, scores.json, expected.json of a job: mutated bytes, or a key of another type."""

@@ -6,12 +6,12 @@
     disks    files of a finished job cut or with a flipped bit, writes that fail, a full and a read-only disk: a sentence that
              names the file, or the right result
     input    mutated images, CSVs, embeddings, checkpoints and JSON: no traceback, 10 s, 2 GiB, no code run, the culprit named
-    health   a long training: memory and descriptors flat; after SIGKILL no worker and no shared memory is left
+    health   30 epochs of 16 times the demo: memory and descriptors flat; after SIGKILL no worker and no shared memory is left
 
 A script is run in a process forked from this one, which has imported PyTorch: starting it anew would take longer than its work.
 
 Reads  nothing
-Writes WORK, where what failed is kept; a table to stdout and WORK/torture.md
+Writes WORK, where what failed is kept: a table, torture.md, to stdout, too; health.csv and .png, the memory of the training
 
     python scripts/torture.py
     python scripts/torture.py --parts kills --kills 100 --seed 7
@@ -23,6 +23,7 @@ import contextlib
 import filecmp
 import io
 import json
+import math
 import os
 import resource
 import runpy
@@ -64,7 +65,7 @@ def parse_args():
     add("--disks", type=int, default=120, help="damaged files and failing disks (default 120)")
     add("--inputs", type=int, default=2000, help="mutated inputs (default 2000)")
     add("--health-epochs", type=int, default=30, help="epochs of the long training (default 30)")
-    add("--health-images", type=int, default=480, help="its training images (default 480, 16 times the others')")
+    add("--health-times", type=int, default=16, help="its data, in times of the demo's 400 images (default 16)")
     add("--folds", type=int, default=5, help="trained of each network, up to 5; the ten-run job has 5 (default 5)")
     add("--seed", type=int, default=0, help="of all that is random (default 0)")
     add("--work", help="folder to work in, kept (default a temporary one, removed when nothing failed)")
@@ -132,9 +133,9 @@ class Process:
         return self
 
 
-def training(data, output, net=NETS[0], fold=0, workers=1, epochs=EPOCHS):
+def training(data, output, net=NETS[0], fold=0, workers=1, epochs=EPOCHS, size=32):
     where = ["--input", data, "--output", output]
-    flags = ["--size", 32, "--batch-size", 8, "--weights", "none", "--precision", "fp32", "--workers", workers]
+    flags = ["--size", size, "--batch-size", 8, "--weights", "none", "--precision", "fp32", "--workers", workers]
     return ["train.py", "--arch", net, "--fold", fold, "--epochs", epochs, *flags, *where]
 
 
@@ -146,20 +147,20 @@ def job(data, output, folds, workers=1):
             *([script, *where] for script in ("retrieve.py", "scripts/expect.py", "scripts/report.py", "scripts/summary.py"))]
 
 
-def run_job(commands, moment=None, setup=lambda: None):
-    """Run commands one after the other until one fails, or until `moment` seconds of CPU time, then SIGKILL.
-    Returns (the last Process, CPU seconds)."""
-    used = 0.0
-    for command in commands:
+def run_job(commands, moment=math.inf, seconds=(), setup=lambda: None):
+    """Run commands one after the other until one fails, or until a moment, then SIGKILL. A moment of 2.5 is half-way through
+    the third command, by the `seconds` that each takes undisturbed. Returns (the last Process, CPU seconds of each)."""
+    used = []
+    for number, command in enumerate(commands):
         process, spent = Process(*command, setup=setup), 0.0
         while process.running():
             spent = max(spent, cpu(process.pid))
-            if moment is not None and used + spent >= moment:
+            if moment < math.inf and number + min(1, spent / seconds[number]) >= moment:
                 process.kill()
             time.sleep(0.005)
-        used += spent
+        used.append(spent)
         if process.wait().code:
-            return process, used
+            break
     return process, used
 
 
@@ -227,17 +228,17 @@ class Campaign:
         print("  ".join(self.rows[-1]), flush=True)
 
     def kills(self, count):
-        """SIGKILL, and start again, till the job is through; as many jobs as it takes."""
+        """SIGKILL, and start again, till the job is through; as many jobs as it takes. Every command is as likely to be hit,
+        at any moment; a moment that a resumed command does not reach falls into the next."""
         rng, stages, jobs, same = self.rng("kills"), collections.Counter(), 0, 0
         while stages.total() < count:
-            output, process, hit = self.work / f"job{jobs}", None, 0
-            while process is None or process.code == -signal.SIGKILL:
-                moment = rng.uniform(0, self.seconds / 3) if stages.total() < count else None
-                commands = self.job(output, int(rng.integers(2)))
-                process, _ = run_job(commands, moment)
-                if process.code == -signal.SIGKILL:
-                    stages[Path(process.script).stem] += 1
-                    hit += 1
+            output, hit = self.work / f"job{jobs}", 0
+            for moment in [*np.sort(rng.uniform(0, len(self.seconds), min(10, count - stages.total()))), math.inf]:
+                process, _ = run_job(self.job(output, int(rng.integers(2))), moment, self.seconds)
+                if process.code != -signal.SIGKILL:
+                    break
+                stages[Path(process.script).stem] += 1
+                hit += 1
             jobs += 1
             if process.code:
                 self.fault(f"job {jobs - 1} failed after {hit} kills: {process.script}", process.said)
@@ -292,16 +293,21 @@ class Campaign:
         runs = ["best.pt", "last.pt", "train.npy", "test.npy", "head.npy", "args.json", "extract.json", "log.csv"]
         readers = {"neighbours.npz": "scripts/report.py", "scores.json": "scripts/report.py", "confidence.csv": "train.py",
                    "expected.json": "scripts/classify.py", "folds.csv": None}
+        caches = ["32-squash.u8", "32-squash.json"]  # of the data
         damages = {"flipped bit": flip, "cut": cut, "empty": lambda data, rng: b"", "gone": None}
         for i in range(count):
-            name = [*runs, *readers][i % (len(runs) + len(readers))]
+            name = [*runs, *readers, *caches][i % len([*runs, *readers, *caches])]
             damage = list(damages)[int(rng.integers(len(damages)))]
             output, (net, fold) = self.copy("disk"), (NETS[int(rng.integers(2))], int(rng.integers(self.folds)))
-            file = output / net / f"fold{fold}" / name if name in runs else output / name
+            run = output / net / f"fold{fold}"
+            file = run / name if name in runs else self.data / ".cache" / name if name in caches else output / name
+            before = file.read_bytes()
+            if name in caches:
+                shutil.rmtree(run)  # it is trained and extracted anew
             if damage == "gone":
                 file.unlink()
             else:
-                file.write_bytes(damages[damage](file.read_bytes(), rng))
+                file.write_bytes(damages[damage](before, rng))
             what, end = f"{damage} {name} ({i})", 2 * self.folds
             commands = [training(self.data, output, net, fold, 0), *self.job(output)[end:end + 3]]
             if reader := readers.get(name):
@@ -311,6 +317,8 @@ class Campaign:
                 file.unlink(missing_ok=True)
                 end = "refused, then right" if self.ends_well(f"{what}, deleted", output, commands, "\0") else None
             found[damage][end] += 1
+            if name in caches:
+                file.write_bytes(before)
         for damage, ends in found.items():
             self.row("disks", f"files {damage}", ends.total(), ends.total() - ends[None],
                      ", ".join(f"{end} {n}" for end, n in ends.most_common() if end))
@@ -444,28 +452,36 @@ class Campaign:
                 self.fault(f"train.py on mutated {name} ({i}): code {process.code}", process.said)
         self.row("input", "through train.py", count, good, ", ".join(f"code {c}: {n}" for c, n in codes.items()))
 
-    def health(self, epochs, images):
-        """Memory and descriptors of a long training at the end of each epoch, and what SIGKILL leaves."""
-        data = make_data(self.work / "long", self.rng("health"), train_each=images // 3)
-        process = Process(*training(data, self.work / "health", epochs=epochs))
-        log, seen = self.work / "health" / NETS[0] / "fold0" / "log.csv", []
+    def health(self, epochs, times):
+        """Memory and descriptors of a long training, and what SIGKILL leaves."""
+        data, images = self.work / "long", 400 * times
+        made = Process("scripts/make_demo.py", data, "--classes", 20, "--train-per-class", 20 * times, "--test-per-class", 1)
+        if made.wait(3600).code:
+            raise InputError(f"make_demo.py fails: {made.said}")
+        process = Process(*training(data, self.work / "health", epochs=epochs, size=96))
+        log, seen, start = self.work / "health" / NETS[0] / "fold0" / "log.csv", [], time.time()
         while process.running():
-            with contextlib.suppress(OSError, pd.errors.EmptyDataError):
+            with contextlib.suppress(OSError):
                 done = len(log.read_text().splitlines()) - 1 if log.exists() else 0
-                if done > len(seen):
-                    seen.append((memory(process.pid), len(names(f"/proc/{process.pid}/fd"))))
-            time.sleep(0.01)
+                used = memory(process.pid), sum(map(memory, children(process.pid))), len(names(f"/proc/{process.pid}/fd"))
+                seen.append((time.time() - start, done, *used))
+            time.sleep(0.5)
         process.wait()
-        early, late = seen[len(seen) // 5], seen[-1]
-        flat = process.code == 0 and late[0] < early[0] * 1.05 + 2**23 and late[1] <= early[1]
+        seen = pd.DataFrame(seen, columns=["seconds", "epochs done", "memory", "memory of its processes", "descriptors"])
+        seen.to_csv(self.work / "health.csv", index=False)
+        draw(seen, self.work / "health.png", f"{epochs} epochs of {images} images")
+        most = seen.groupby("epochs done")[["memory", "memory of its processes", "descriptors"]].max()
+        early, late = most.iloc[len(most) // 5], most.iloc[-2]  # the last has but the end
+        flat = process.code == 0 and (late <= early * 1.05 + 2**23 * (late > 2**20)).all()
         if not flat:
-            self.fault(f"health: memory and descriptors by epoch {seen}", process.said)
+            self.fault(f"health: by epoch\n{most}", process.said)
+        said = ", ".join(f"{name} {a / 2**20:.0f} and {b / 2**20:.0f} MiB" if a > 2**20 else f"{name} {a:.0f} and {b:.0f}"
+                         for name, a, b in zip(most, early, late, strict=True))
         self.row("health", f"{epochs} epochs of {images} images", epochs, epochs if flat else 0,
-                 f"memory {early[0] / 2**20:.0f} MiB after {len(seen) // 5 + 1} epochs, {late[0] / 2**20:.0f} at the end; "
-                 f"descriptors {early[1]}, {late[1]}")
+                 f"most in epochs {most.index[len(most) // 5] + 1} and {most.index[-2] + 1}: {said}")
         left = 0
         for _ in range(5):
-            process = Process(*training(data, self.work / "orphans", epochs=500))
+            process = Process(*training(self.data, self.work / "orphans", epochs=5000))
             while process.running() and not (workers := children(process.pid)):
                 time.sleep(0.01)
             time.sleep(0.3)
@@ -479,6 +495,22 @@ class Campaign:
         if left:
             self.fault(f"health: {left} workers or shared memory files left after SIGKILL")
         self.row("health", "SIGKILL of the main process alone", 5, 5 if not left else 0, "no worker, nothing in /dev/shm left")
+
+
+def draw(seen, path, title):
+    """Memory over time as a picture, where matplotlib is installed."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        return
+    figure = Figure((8, 2.6), dpi=100, layout="constrained")
+    axes = figure.subplots()
+    for name in ("memory", "memory of its processes"):
+        axes.plot(seen["seconds"], seen[name] / 2**20, label={"memory": "train.py"}.get(name, "its loader processes"))
+    axes.plot([], [], " ", label=f"file descriptors: {seen['descriptors'].min()} to {seen['descriptors'].max()}")
+    axes.set(title=title, xlabel="seconds", ylabel="MiB resident", ylim=(0, None), xlim=(0, None))
+    axes.legend(loc="center right")
+    figure.savefig(path)
 
 
 def names(folder):
@@ -513,9 +545,9 @@ def main():
     if any(work.iterdir()):
         raise InputError(f"--work {work} is not empty; name another")
     campaign = Campaign(work, args.seed, args.folds)
-    print(f"the undisturbed job takes {campaign.seconds:.1f} s of CPU time", flush=True)
+    print(f"the undisturbed job takes {sum(campaign.seconds):.1f} s of CPU time", flush=True)
     counts = {"kills": [args.kills], "signals": [args.signals], "disks": [args.disks], "input": [args.inputs],
-              "health": [args.health_epochs, args.health_images]}
+              "health": [args.health_epochs, args.health_times]}
     for part in args.parts:
         getattr(campaign, part)(*counts[part])
     text = summary.table(campaign.rows, ["part", "what", "number", "as it should", "how"])
