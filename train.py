@@ -292,9 +292,10 @@ def load_last(folder, stamps):
     fresh = {"epoch": 0, "best": -1.0, "history": [], **stamps}
     if not (folder / "last.pt").exists():
         return fresh
-    state = load_checkpoint(folder / "last.pt", epoch=int, best=float, history=list, model=dict, optimiser=dict)
-    if any(state.get(name, stamp) != stamp for name, stamp in stamps.items()):
-        raise InputError(f"{folder} was begun on other training images; use another --output, or --restart to begin anew")
+    state = load_checkpoint(folder / "last.pt", epoch=int, best=float, history=list, model=dict, optimiser=dict, train=str,
+                            held_out=str)
+    if any(state[name] != stamp for name, stamp in stamps.items()):
+        raise InputError(f"{folder}/last.pt is of other training images; use another --output, or --restart to begin anew")
     if state["best"] >= 0 and not (folder / "best.pt").exists():
         print(f"{folder}/best.pt is gone: training anew")
         return fresh

@@ -133,9 +133,9 @@ class Process:
         return self
 
 
-def training(data, output, net=NETS[0], fold=0, workers=1, epochs=EPOCHS, size=32):
+def training(data, output, net=NETS[0], fold=0, workers=1, epochs=EPOCHS, size=32, batch=8):
     where = ["--input", data, "--output", output]
-    flags = ["--size", size, "--batch-size", 8, "--weights", "none", "--precision", "fp32", "--workers", workers]
+    flags = ["--size", size, "--batch-size", batch, "--weights", "none", "--precision", "fp32", "--workers", workers]
     return ["train.py", "--arch", net, "--fold", fold, "--epochs", epochs, *flags, *where]
 
 
@@ -458,7 +458,7 @@ class Campaign:
         made = Process("scripts/make_demo.py", data, "--classes", 20, "--train-per-class", 20 * times, "--test-per-class", 1)
         if made.wait(3600).code:
             raise InputError(f"make_demo.py fails: {made.said}")
-        process = Process(*training(data, self.work / "health", epochs=epochs, size=96))
+        process = Process(*training(data, self.work / "health", epochs=epochs, size=96, batch=32))
         log, seen, start = self.work / "health" / NETS[0] / "fold0" / "log.csv", [], time.time()
         while process.running():
             with contextlib.suppress(OSError):
