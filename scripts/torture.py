@@ -508,8 +508,9 @@ def draw(seen, path, title):
     for name in ("memory", "memory of its processes"):
         axes.plot(seen["seconds"], seen[name] / 2**20, label={"memory": "train.py"}.get(name, "its loader processes"))
     axes.plot([], [], " ", label=f"file descriptors: {seen['descriptors'].min()} to {seen['descriptors'].max()}")
-    axes.set(title=title, xlabel="seconds", ylabel="MiB resident", ylim=(0, None), xlim=(0, None))
-    axes.legend(loc="center right")
+    axes.set(title=title, xlabel="seconds", ylabel="MiB resident", xlim=(0, None),
+             ylim=(0, 1.3 * seen.filter(like="memory").to_numpy().max() / 2**20))
+    axes.legend(loc="upper center", ncols=3)
     figure.savefig(path)
 
 
