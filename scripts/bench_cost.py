@@ -44,7 +44,11 @@ def measured(*command):
     """(seconds, GiB at most in one process) of `python command`."""
     start = time.perf_counter()
     process = subprocess.Popen([sys.executable, *map(str, command)], cwd=ROOT, stdout=subprocess.DEVNULL)
-    _, status, used = os.wait4(process.pid, 0)
+    try:
+        _, status, used = os.wait4(process.pid, 0)
+    except BaseException:  # a SIGTERM reaches this process alone
+        process.terminate()
+        raise
     if status:
         raise InputError(f"{command[0]} failed, see above")
     return time.perf_counter() - start, used.ru_maxrss / 2**20
@@ -86,7 +90,7 @@ def draw(table, path):
 
 def main():
     args = parse_args()
-    work = Path(args.work)
+    work = Path(args.work).resolve()
     path, rows = work / "cost.csv", []
     known = pd.read_csv(path, index_col=0) if path.exists() else pd.DataFrame()
     for text in args.catalogues:

@@ -263,7 +263,7 @@ class Cases:
         self.name, source = name, self.whole / NET / "fold0"
         file, kind = folder / name, int(rng.integers(7))
         state = load_checkpoint(source / name)
-        stamps = {name: state.get(name) for name in ("train", "held_out")}
+        stamps = {key: state.get(key) for key in ("train", "held_out")}
         if kind == 0:
             torch.save({"model": Code(self.canary)}, file)
         elif kind == 1:
