@@ -45,11 +45,7 @@ import numpy as np
 import pandas as pd
 import torch
 from PIL import Image
-from sklearn.cluster import KMeans
-from sklearn.model_selection import StratifiedGroupKFold, StratifiedKFold
-from sklearn.preprocessing import normalize
 from torch.utils.data import DataLoader, Dataset, Sampler
-from torchvision.transforms import v2
 
 SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff"}  # of images, where a folder is searched for them
 FORMATS = ("JPEG", "PNG", "WEBP", "TIFF", "BMP", "GIF", "PPM", "JPEG2000")  # that OpenCV reads, by Pillow's names
@@ -214,6 +210,8 @@ def make_folds(labels, groups=None, folds=5, seed=9999):
     A group whose classes are all seen in no other group (without groups: the single image of a class) gets -1: it stays
     in every fold's training part. A class seen in one group only that shares it with others is held out with it: no
     run can know it then, and its images count as errors."""
+    from sklearn.model_selection import StratifiedGroupKFold, StratifiedKFold  # takes seconds, and folds are drawn once
+
     labels = np.asarray(labels)
     groups = np.arange(len(labels)) if groups is None else np.asarray(groups)
     seen = pd.DataFrame({"label": labels, "group": groups}).groupby("label")["group"].transform("nunique").to_numpy()
@@ -236,6 +234,9 @@ def make_look_folds(features, labels, folds=5, seed=9999):
     images, where those are fewer), and whole looks are held out. So a held-out image looks different from the training
     images of its class, as a new photograph does. The largest look of a class goes to the fold that is smallest so far. A
     class with one look only gets -1: it stays in every fold's training part."""
+    from sklearn.cluster import KMeans
+    from sklearn.preprocessing import normalize
+
     features, labels = normalize(features), np.asarray(labels)
     fold, size = np.full(len(labels), -1), np.zeros(folds, np.int64)
     for label in np.unique(labels):
@@ -572,6 +573,8 @@ def check_augmentation_flags(parser, args):
 
 def augmentation(args):
     """uint8 [3, H, W] -> the same, by the flags of augmentation_flags; a zero switches its part off."""
+    from torchvision.transforms import v2  # takes seconds, and only a training needs it
+
     steps = [v2.RandomHorizontalFlip(args.flip)]
     if args.crop:
         steps.append(v2.RandomResizedCrop(args.size, (args.crop, 1), antialias=True))

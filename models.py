@@ -12,11 +12,9 @@ from pathlib import Path
 from utils import InputError, load_checkpoint
 
 import numpy as np
-import timm
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from timm.layers import convert_sync_batchnorm
 from torch import nn
 
 EMBEDDING = 512
@@ -128,6 +126,8 @@ class Model(nn.Module):
 
 def make_backbone(arch):
     """timm network without weights and without pooling: [B, 3, H, W] -> feature map [B, C, h, w]."""
+    import timm  # takes seconds, as torchvision does, and most scripts need no network
+
     try:
         backbone = timm.create_model(arch, pretrained=False, num_classes=0, global_pool="")
     except RuntimeError as error:
@@ -189,6 +189,8 @@ class JointBatchNorm(nn.SyncBatchNorm):
 def join_batch_norm(model, device):
     """Let the batch norms of `model` see the processes' batches together; parameters and their names stay."""
     if device.type == "cuda":
+        from timm.layers import convert_sync_batchnorm
+
         convert_sync_batchnorm(model)
         return
     for module in model.modules():
@@ -209,6 +211,8 @@ def load_weights(model, arch, weights):
         return load_file(model, Path(weights))
     if lite := LITE.fullmatch(arch):
         return load_lite(model.backbone, lite[1])
+    import timm
+
     try:
         state = timm.create_model(arch, pretrained=True, num_classes=0, global_pool="").state_dict()
     except Exception as error:  # no network, no such file, no space: the hub's client raises all kinds
@@ -257,12 +261,14 @@ def load_file(model, path):
     if not isinstance(state, dict) or not all(isinstance(tensor, torch.Tensor) for tensor in state.values()):
         raise InputError(f"--weights {path} holds no tensors by name; give the state dict of a network")
     if any(name.startswith("backbone.net.") for name in state):
+        from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+
         kind, part = "the original solution's checkpoint", "all"
         renames = {"backbone.net.": "backbone.", "global_pool.": "pool."}
         state = {next((new + name[len(old):] for old, new in renames.items() if name.startswith(old)), name): tensor
                  for name, tensor in state.items() if not re.match(r"backbone\.net\.(classifier|head\.fc)\.", name)}
-        state["mean"] = torch.tensor(timm.data.IMAGENET_DEFAULT_MEAN).view(3, 1, 1)
-        state["std"] = torch.tensor(timm.data.IMAGENET_DEFAULT_STD).view(3, 1, 1)
+        state["mean"] = torch.tensor(IMAGENET_DEFAULT_MEAN).view(3, 1, 1)
+        state["std"] = torch.tensor(IMAGENET_DEFAULT_STD).view(3, 1, 1)
         target = model
     elif any(name.startswith("backbone.") for name in state):
         kind, part, target = "checkpoint", "all", model

@@ -44,8 +44,6 @@ from utils import (
 import numpy as np
 import pandas as pd
 import torch
-from timm.utils import ModelEmaV3
-from timm.utils.agc import adaptive_clip_grad
 
 from dataset import (
     Cache,
@@ -195,6 +193,8 @@ def clip_gradient(model, clip):
     if mode == "norm":
         torch.nn.utils.clip_grad_norm_(body, value)
     elif mode == "agc":
+        from timm.utils.agc import adaptive_clip_grad
+
         adaptive_clip_grad(body, value)
 
 
@@ -401,7 +401,11 @@ def fit(folder, args, recorded, train, fold, device):
         join_batch_norm(model, device)
     optimiser = make_optimiser(model, args)
     scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")
-    ema = ModelEmaV3(model, args.ema, use_warmup=True) if args.ema else None
+    ema = None
+    if args.ema:
+        from timm.utils import ModelEmaV3
+
+        ema = ModelEmaV3(model, args.ema, use_warmup=True)
     kept = ema.module if ema else model  # what is validated and kept
     if done:
         try:
