@@ -13,7 +13,7 @@ from packaging.requirements import Requirement
 for text in tomllib.load(open("pyproject.toml", "rb"))["project"]["dependencies"]:
     need = Requirement(text)
     assert need.specifier.contains(version(need.name).partition("+")[0]), text
-names = ["cv2"] + (["pytest", "ruff"] if "dev" in sys.argv[1] else [])
+names = ["cv2"] + (["pytest", "xdist", "ruff"] if "dev" in sys.argv[1] else [])
 assert all(importlib.util.find_spec(name) for name in names), names
 EOF
 }
