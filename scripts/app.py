@@ -81,7 +81,7 @@ class Labeller:
         self.args, self.device = args, device
         self.runs, self.gallery, *trained = load(args, device)
         self.classes, self.labels = encode(self.gallery["label"])
-        self.calibration = load_calibration(args, *trained, device)
+        self.calibration = load_calibration(args, *trained, self.classes, device)
         self.computing, self.reading = ThreadPoolExecutor(1), ThreadPoolExecutor(2)
         self.label(np.zeros((64, 64, 3), np.uint8))  # the first one is slow, and what is wrong shows now
 

@@ -32,7 +32,7 @@ from utils import (
 
 import numpy as np
 import torch
-from expect import NEIGHBOURS, calibrate, class_best, known_looks, out_of_fold, probability
+from expect import NEIGHBOURS, agreement, calibrate, class_best, halves, known_looks, levelled, out_of_fold, probability
 from torch.utils.data import Dataset, default_collate
 
 from dataset import (
@@ -115,20 +115,23 @@ def load(args, device):
     return runs, gallery, train, trained
 
 
-def load_calibration(args, train, trained, device):
-    """What held-out images teach of the confidence of the nearest image's label: as scripts/expect.py wrote it, or, for other
-    runs than those, learned now. None, and a word, where no run held images out."""
+def load_calibration(args, train, trained, classes, device):
+    """What gives the label of the nearest image, one of `classes`, its confidence: as scripts/expect.py wrote it, or, for other
+    runs than those, learned now from held-out images only, as of photographs like them. None, and a word, where no run held
+    images out."""
     file = Path(args.output) / "expected.json"
     expected = load_json(file, runs=dict, calibration=dict) if file.exists() else {"runs": None}
     if expected["runs"] == {r["name"]: r["stamp"]["checkpoint"] for r in trained}:
-        return expected["calibration"]
-    labels = encode(train["label"])[1]
-    if not any(str(r["fold"]).isdecimal() for r in trained):
+        calibration = expected["calibration"]
+    elif any(str(r["fold"]).isdecimal() for r in trained):
+        labels, fold = encode(train["label"])[1], load_folds(args.output, train)
+        rows, _, look = out_of_fold(trained, fold, known_looks(args.output, train, fold), labels, labels.max() + 1, device)
+        calibration = calibrate(look, labels[rows])
+    else:
         print("no confidence: no run held images out", file=sys.stderr)
         return None
-    fold = load_folds(args.output, train)
-    rows, _, look = out_of_fold(trained, fold, known_looks(args.output, train, fold), labels, labels.max() + 1, device)
-    return calibrate(look, labels[rows])
+    kept = calibration.get("kept", {})
+    return {"level": 0.0} | calibration | {"kept": np.array([kept.get(label, 1.0) for label in classes])}
 
 
 def embed_all(photos, runs, device, batch_size):
@@ -169,9 +172,10 @@ def classify(photos, runs, labels, classes, calibration, args, device):
             best, confidence = class_best(similarity, labels[index], classes), None
             if calibration:
                 confidence = probability(best, calibration)
-                if len(runs) > 1:  # as expect.agreement does
-                    agreed = [labels[own.argmax(1)] == labels[(total - own).argmax(1)] for own in each]
-                    confidence = (confidence + np.mean(agreed, 0)) / 2
+                if len(runs) > 1:  # as expect.confide does
+                    votes = [[labels[each[half].sum(0).argmax(1)] for half in (~split, split)] for split in halves(len(runs))]
+                    agreed = agreement(np.array(votes), best.argmax(1), calibration["kept"])
+                    confidence = (levelled(confidence, calibration["level"]) + agreed) / 2
             found.append((best.argmax(1), confidence, similarity[:, :args.k], index[:, :args.k]))
     for r, parts in zip(runs, zip(*kept, strict=True), strict=True):
         r["test"] = np.concatenate(parts)
@@ -185,7 +189,7 @@ def main():
     check_images(".", photos)
     runs, gallery, train, trained = load(args, device)
     classes, labels = encode(gallery["label"])
-    calibration = load_calibration(args, train, trained, device)
+    calibration = load_calibration(args, train, trained, classes, device)
     number, confidence, similarity, index = classify(photos, runs, labels, len(classes), calibration, args, device)
     strange = reject(trained, runs, train, classes, labels, args, device) if args.reject else np.zeros(len(photos), bool)
     said = [{"photo": str(photo), "label": UNKNOWN if strange[i] else classes[number[i]],

@@ -1,11 +1,13 @@
 """The accuracy to expect on the test images, before their labels are known; and how likely each label is right.
 
-Two estimates that fail in opposite ways, and their mean:
+Two estimates:
+  agreement  How often two halves of the runs both give a test image this label, less what they would by chance. Needs no labels
+             and sees any shift that confuses the runs; blind to errors that they share.
   evidence   Held-out images are labelled by the runs that did not train on them, against images of other looks only (a look
              is a cluster of alike images of a class). How often they are right at a given evidence is applied to the
              evidence of the test images. Blind to a shift that changes more than the looks do.
-  agreement  How often a run gives a test image the label that all other runs together give it. Needs no labels, sees any shift
-             that confuses the runs; blind to errors that they share.
+The agreement says how many are right. Which ones, both say: a label's confidence is their mean, once the evidence has the
+agreement's level. One run alone has only the evidence.
 It is for the labels of the submission, by whatever vote; before there is one, for those of the nearest image.
 
 Reads  what retrieve.py reads and, if it ran, what it writes
@@ -24,7 +26,8 @@ from utils import InputError, accuracy, atomic, file_fingerprint, load_json, pic
 import numpy as np
 import torch
 import torch.nn.functional as F
-from scipy.special import expit
+from scipy.optimize import brentq
+from scipy.special import expit, logit
 from sklearn.isotonic import IsotonicRegression
 from sklearn.linear_model import LogisticRegression
 from sklearn.model_selection import StratifiedKFold, cross_val_score
@@ -47,6 +50,7 @@ from search import Joined, topk
 
 NEIGHBOURS = 100  # looked at for the evidence: enough that several classes are among them
 LOOKS = 5  # a class is split into, where the folds are not by look
+SPLITS = 10  # of the runs into two halves
 LEAST_ERROR = 0.05  # half the interval at least, by the errors measured; see the README
 
 
@@ -151,27 +155,68 @@ def probability(best, calibration, said=None):
     return np.interp(log_odds(best, calibration["sharpness"], said), calibration["log_odds"], calibration["probability"])
 
 
-def agreement(runs, labels, joint, said, device):
-    """Share of the runs [n] whose nearest image has the label that all the other runs together give the test image; None for
-    one run. The label of the others stands in for the truth: with errors that are independent, a single run's accuracy. Where
-    the label `said` [n] is not the one of all runs together, `joint` [n], the share that has `said`."""
+def halves(count):
+    """Up to SPLITS random ways to split so many runs into two halves, True and False: bool [S, count]; S = 0 for one run."""
+    if count < 2:
+        return np.empty((0, count), bool)
+    drawn = np.array([np.random.default_rng(i).permutation(count) < count // 2 for i in range(SPLITS)])
+    return np.unique(drawn ^ drawn[:, :1], axis=0)  # the first run is in the half False
+
+
+def half_votes(runs, labels, device):
+    """The label that each half of the runs gives each test image, by its nearest image: int64 [S, 2, n]."""
     def nearest(members):
-        arrays = [[r[split] for r in members] for split in ("test", "train")]
-        return labels[topk(*map(Joined, arrays), 1, device=device)[1][:, 0]]
+        return labels[topk(*(Joined([r[split] for r in members]) for split in ("test", "train")), 1, device=device)[1][:, 0]]
 
-    if len(runs) < 2:
-        return None
-    return np.mean([nearest([r]) == np.where(said == joint, nearest([other for other in runs if other is not r]), said)
-                    for r in runs], 0)
+    sides = [[[r for r, side in zip(runs, split, strict=True) if side == which] for which in (False, True)]
+             for split in halves(len(runs))]
+    return np.array([[nearest(half) for half in pair] for pair in sides], np.int64).reshape(-1, 2, len(runs[0]["test"]))
 
 
-def confide(best, calibration, runs, labels, device, said=None):
-    """How likely the labels `said` [n] of the test images (default: of the best class) are right, [n] each: the mean of both
-    estimates, and each of them."""
-    joint = best.argmax(1)
+def beyond_chance(votes, prior):
+    """How much of the halves' agreement on a class is more than chance, 0..1 [C]; votes int64 [S, 2, n], prior [C].
+    Cohen's kappa (1960) of the two halves is the share of the images that they know; the others they guess by their own
+    frequencies p of the classes. So they agree on c by chance with p_c^2, and are right then with p_c prior_c: a class
+    that is said too often, as when a shift drives all images to it, loses. Chance is counted over pairs of different images,
+    lest it be too high for few."""
+    count, classes = votes.shape[2], len(prior)
+    if count < 2 or not len(votes):
+        return np.ones(classes)
+    share = np.array([[np.bincount(half, minlength=classes) / count for half in pair] for pair in votes])  # [S, 2, C]
+    same = votes[:, 0] == votes[:, 1]
+    chance = (count * share.prod(1).sum(1).mean() - same.mean()) / (count - 1)
+    guessed = min(1.0, (1 - same.mean()) / (1 - chance)) if chance < 1 else 1.0  # 1 - kappa
+    agreed = np.bincount(votes[:, 0][same], minlength=classes) / same.size
+    p = share.mean((0, 1))
+    return np.clip(1 - guessed * p * (p - prior) / agreed.clip(min=1e-12), 0, 1)
+
+
+def agreement(votes, said, kept):
+    """How likely the labels `said` [n] are right: the share of the splits in which both halves give this very label, times
+    what `beyond_chance` leaves of its class, `kept` [C]. Two independent trainings agree as often as one of them is right, as
+    far as together they know how sure to be: Jiang et al., Assessing generalization of SGD via disagreement, ICLR 2022."""
+    return (votes == said).all(1).mean(0) * kept[said]
+
+
+def levelled(evidence, level):
+    """Probabilities with `level` added to their log odds."""
+    return expit(logit(np.clip(evidence, 1e-3, 1 - 1e-3)) + level)
+
+
+def find_level(evidence, mean):
+    """The level at which the evidence has that mean."""
+    return float(brentq(lambda level: levelled(evidence, level).mean() - np.clip(mean, 1e-3, 1 - 1e-3), -20, 20))
+
+
+def confide(best, calibration, votes, kept, said):
+    """(confidence, evidence, agreement [n] each, level of the evidence) of the labels `said` [n] of test images: best [n, C] of
+    class_best, votes [S, 2, n] of half_votes. Without votes, of one run, the evidence is all there is."""
     evidence = probability(best, calibration, said)
-    agreed = agreement(runs, labels, joint, joint if said is None else said, device)
-    return (evidence if agreed is None else (evidence + agreed) / 2), evidence, agreed
+    if not len(votes):
+        return evidence, evidence, None, 0.0
+    agreed = agreement(votes, said, kept)
+    level = find_level(evidence, agreed.mean())
+    return (levelled(evidence, level) + agreed) / 2, evidence, agreed, level
 
 
 # ------------------------------------------------------------------------------------------------- baselines, and the shift
@@ -223,14 +268,16 @@ def expect(runs, fold, part, labels, grown, numbers, args, device, said=None, he
     truth = labels[rows]
     similarity, index = topk(*(Joined([r[split] for r in grown]) for split in ("test", "train")), NEIGHBOURS, device=device)
     best = class_best(similarity, numbers[index], numbers.max() + 1)
-    calibration = calibrate(look, truth)
     nearest = best.argmax(1)
     said = nearest if said is None else np.where(said < 0, nearest, said)
+    votes, calibration = half_votes(grown, numbers, device), calibrate(look, truth)
+    kept = beyond_chance(votes, np.bincount(numbers) / len(numbers))
     own = calibration if held is None else calibrate(look, truth, held[rows])
-    confidence, evidence, agreed = confide(best, own, grown, numbers, device, said)
-    apart = 0.0 if agreed is None else abs(evidence.mean() - agreed.mean()) / 4
+    confidence, evidence, agreed, _ = confide(best, own, votes, kept, said)
+    calibration |= {"level": confide(best, calibration, votes, kept, nearest)[3], "kept": kept.round(4).tolist()}
+    spread = (votes == said).mean() - (votes == said).all(1).mean() if len(votes) else 0.0
     expected = float(confidence.mean())
-    half = (LEAST_ERROR**2 + apart**2 + 1.64**2 * expected * (1 - expected) / len(confidence)) ** 0.5
+    half = (LEAST_ERROR**2 + spread**2 + 1.64**2 * expected * (1 - expected) / len(confidence)) ** 0.5
     sharpness = fit_sharpness(random, truth)
     held, right, test = log_odds(random, sharpness), random.argmax(1) == truth, log_odds(best, sharpness)
     figures = {"expected": expected, "low": max(0.0, expected - half), "high": min(1.0, expected + half),
@@ -283,6 +330,8 @@ def main():
     part = known_looks(args.output, train, fold)
     confidence, number, similarity, figures = expect(runs, fold, part, labels, grown, numbers, args, device, said, held)
 
+    kept = zip(classes, figures["calibration"]["kept"], strict=True)
+    figures["calibration"]["kept"] = {label: share for label, share in kept if share < 1}  # by name: products may come or go
     number = with_bad(test, good, number, np.bincount(numbers).argmax())  # images in bad_images.csv: as retrieve.py labels them
     confidence, similarity = with_bad(test, good, confidence, 0), with_bad(test, good, similarity, 0)
     share = len(good) / len(test)

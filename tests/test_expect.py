@@ -89,15 +89,51 @@ def test_many_images_a_class_do_not_blunt_the_evidence():
     assert all(np.allclose(part, expect.class_best(similarity, labels[index], 3)) for part in held)
 
 
-def test_agreement_is_with_all_the_others_together():
+def test_halves_are_different_splits_of_all_runs():
+    assert expect.halves(1).shape == (0, 1) and expect.halves(2).tolist() == [[False, True]] and len(expect.halves(3)) == 3
+    for count in (4, 5, 10, 40):
+        split = expect.halves(count)
+        assert len(np.unique(np.concatenate([split, ~split]), axis=0)) == 2 * len(split) and 2 < len(split) <= expect.SPLITS
+        assert set(split.sum(1)) <= {count // 2, (count + 1) // 2}
+
+
+def test_agreement_is_of_both_halves():
     labels, train = np.array([0, 1]), np.eye(2, dtype=np.float32)
-    said = [np.eye(2, dtype=np.float32)[np.array(row)] for row in ([0, 0, 1], [0, 1, 1], [0, 0, 0])]
-    runs = [{"train": train, "test": test} for test in said]
-    # image 0: all agree. Image 1: run 1 is alone, and for each of the others the two others are tied, label 0 by lower index.
-    joint = np.array([0, 0, 0])
-    assert np.allclose(expect.agreement(runs, labels, joint, joint, "cpu"), [1, 2 / 3, 0])
-    assert np.allclose(expect.agreement(runs, labels, joint, np.array([0, 1, 0]), "cpu"), [1, 1 / 3, 0]), "one run says 1"
-    assert expect.agreement(runs[:1], labels, joint, joint, "cpu") is None
+    given = [np.eye(2, dtype=np.float32)[np.array(row)] for row in ([0, 0, 1], [0, 1, 1], [0, 0, 0])]
+    runs = [{"train": train, "test": test} for test in given]
+    votes = expect.half_votes(runs, labels, "cpu")
+    # image 1: run 1 is alone; with another it is tied, and the label 0 has the lower index: it says 1 only as a half of its own
+    assert votes.shape == (3, 2, 3) and np.allclose(expect.agreement(votes, np.array([0, 0, 0]), np.ones(2)), [1, 2 / 3, 0])
+    assert np.allclose(expect.agreement(votes, np.array([0, 0, 1]), np.array([0.5, 1])), [0.5, 1 / 3, 0])
+    assert expect.half_votes(runs[:1], labels, "cpu").shape == (0, 2, 3)
+
+
+@pytest.mark.parametrize("guess", [[0.25] * 4, [0.85, 0.05, 0.05, 0.05], [0.1, 0.2, 0.3, 0.4]])
+@pytest.mark.parametrize("known", [0.0, 0.4, 0.9, 1.0])
+def test_agreement_by_chance_is_no_accuracy(guess, known):
+    """Both halves know a share of the images and guess the others: agreement beyond chance is the accuracy of a half where all
+    classes are guessed alike, and else lies between it (less what rare classes would gain) and the agreement."""
+    rng, count = np.random.default_rng(4), 40000
+    truth = rng.integers(0, 4, count)
+    sure = rng.random(count) < known
+    votes = np.array([[np.where(sure, truth, rng.choice(4, count, p=guess)) for _ in range(2)] for _ in range(3)])
+    kept, right = expect.beyond_chance(votes, np.full(4, 0.25)), (votes[:, 0] == truth).mean()
+    got, plain = (np.mean([expect.agreement(v[None], v[0], k).mean() for v in votes]) for k in (kept, np.ones(4)))
+    assert right - 0.05 < got <= plain and (known or got < right + 0.01)
+    assert abs(got - right) < 0.01 or guess[0] != 0.25
+    assert expect.beyond_chance(votes[:, :, :1], np.full(4, 0.25)).tolist() == [1] * 4, "one image tells nothing"
+
+
+def test_the_confidence_has_the_level_of_the_agreement():
+    rng = np.random.default_rng(5)
+    best, truth = rng.random((400, 3)).astype(np.float32), rng.integers(0, 3, 400)
+    calibration, said = expect.calibrate(best, truth), best.argmax(1)
+    votes = np.where(rng.random((10, 2, 400)) < 0.8, said, 0)
+    confidence, evidence, agreed, level = expect.confide(best, calibration, votes, np.ones(3), said)
+    assert confidence.mean() == pytest.approx(agreed.mean(), abs=1e-3) and abs(evidence.mean() - agreed.mean()) > 0.2
+    assert np.allclose(confidence, (expect.levelled(evidence, level) + agreed) / 2)
+    alone = expect.confide(best, calibration, votes[:0], np.ones(3), said)
+    assert (alone[0] == evidence).all() and alone[2:] == (None, 0.0)
 
 
 def test_baselines_by_hand():
