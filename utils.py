@@ -34,6 +34,7 @@ import contextlib
 import ctypes
 import datetime
 import fcntl
+import gc
 import hashlib
 import json
 import random
@@ -111,6 +112,9 @@ def run(main):
         if error.filename is None and error.errno is None:
             raise
         said, code = f"error: {printable(error.filename or 'output')}: {error.strerror}; {TO_DO}", 2
+    except torch.OutOfMemoryError as error:
+        said = f"error: {str(error).partition('. ')[0]}; compute a batch in parts (train.py: --grad-accum 2) or a smaller one"
+        code = 2
     except KeyboardInterrupt:
         signal.signal(signal.SIGTERM, signal.SIG_IGN)  # schedulers send it to all processes of a job and to its shell again
         signal.setitimer(signal.ITIMER_REAL, 0)
@@ -118,10 +122,10 @@ def run(main):
     except Exception:
         if interrupted:  # a loader's process may have met the signal first
             said, code = INTERRUPTED, 130
-        elif dist.is_initialized():
-            said, code = traceback.format_exc(), 1
         else:
-            raise
+            said, code = traceback.format_exc().rstrip(), 1
+    if code:
+        gc.collect()  # while an exception's frames live so does their loader, and Python's end would wait for its processes
     if code and fails_first():
         print(said, file=sys.stderr, flush=True)
     elif code:

@@ -3,6 +3,7 @@
 import hashlib
 import importlib.util
 import json
+import multiprocessing
 import os
 import re
 import shutil
@@ -171,6 +172,17 @@ def test_neither_the_number_of_workers_nor_the_cache_changes_the_result(data, ou
 def test_a_loss_that_is_not_finite_stops_and_keeps_the_checkpoint(data, tmp_path):
     failed = train(data, tmp_path, "test_efficientnet", 0, "--lr", "1e30", "--epochs", "4", "--head", "softmax", code=2)
     assert "--clip" in failed.stderr and "--precision fp32" in failed.stderr
+
+
+@pytest.mark.parametrize("kind, code, said", [(RuntimeError, 1, "RuntimeError: out of memory. Tried"),
+                                              (torch.OutOfMemoryError, 2, "error: out of memory; compute a batch in parts")])
+def test_an_error_of_the_device_ends_the_run_and_its_loader(data, tmp_path, monkeypatch, kind, code, said):
+    def fail(*_):
+        raise kind("out of memory. Tried")
+
+    monkeypatch.setattr("models.Model.forward", fail)
+    assert said in train(data, tmp_path, "test_nfnet", 0, code=code).stderr
+    assert not multiprocessing.active_children(), "a process that stays keeps the script from ending, and run_all.sh waiting"
 
 
 @pytest.mark.parametrize("flags", [("--head", "softmax"), ("--grad-accum", "2", "--clip", "norm:1"), ("--precision", "bf16"),
