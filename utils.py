@@ -119,9 +119,12 @@ def run(main):
         signal.signal(signal.SIGTERM, signal.SIG_IGN)  # schedulers send it to all processes of a job and to its shell again
         signal.setitimer(signal.ITIMER_REAL, 0)
         said, code = INTERRUPTED, 130
-    except Exception:
+    except Exception as error:
         if interrupted:  # a loader's process may have met the signal first
             said, code = INTERRUPTED, 130
+        elif "DataLoader worker" in str(error):
+            said = f"error: {error}; memory or /dev/shm was full perhaps: the same command with fewer --workers goes on"
+            code = 2
         else:
             said, code = traceback.format_exc().rstrip(), 1
     if code:

@@ -175,9 +175,13 @@ def test_a_loss_that_is_not_finite_stops_and_keeps_the_checkpoint(data, tmp_path
 
 
 @pytest.mark.parametrize("kind, code, said", [(RuntimeError, 1, "RuntimeError: out of memory. Tried"),
-                                              (torch.OutOfMemoryError, 2, "error: out of memory; compute a batch in parts")])
+                                              (torch.OutOfMemoryError, 2, "error: out of memory; compute a batch in parts"),
+                                              (os.kill, 2, "with fewer --workers goes on")])
 def test_an_error_of_the_device_ends_the_run_and_its_loader(data, tmp_path, monkeypatch, kind, code, said):
     def fail(*_):
+        if kind is os.kill:  # as the system does where memory is short
+            kind(multiprocessing.active_children()[0].pid, signal.SIGKILL)
+            time.sleep(60)
         raise kind("out of memory. Tried")
 
     monkeypatch.setattr("models.Model.forward", fail)
