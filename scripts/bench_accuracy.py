@@ -30,38 +30,39 @@ from dataset import (
     default_workers,
     encode,
     load_folds,
-    load_train,
     make_loader,
+    read_train,
 )
 from extract import embed, run_folder
 from models import EMBEDDING, Model, load_weights
 from train import lr_factor
 
 PEER = "pytorch-metric-learning"
-BASE = ["--lr", "0.003", "--head-lr-scale", "5"]
+BASE = ["--scale", "20", "--margin", "0.2", "--lr", "0.006", "--head-lr-scale", "5"]
 VARIANTS = {
     "base": [],
     "softmax": ["--head", "softmax", "--lr", "0.02"],
+    PEER: None,
+    "s45 m0.4": ["--scale", "45", "--margin", "0.4", "--lr", "0.003"],
+    "s30 m0.3": ["--scale", "30", "--margin", "0.3"],
     "crop": ["--crop", "0.4"],
     "colour": ["--colour", "0.4"],
-    "crop+colour": ["--crop", "0.4", "--colour", "0.4"],
-    "ema": ["--ema", "0.99"],
-    "head-first": ["--head-first", "1", "--epochs", "-1"],
-    "lr x2": ["--lr", "0.006"],
-    "s30 m0.3": ["--scale", "30", "--margin", "0.3"],
-    "s20 m0.2": ["--scale", "20", "--margin", "0.2", "--lr", "0.006"],
-    "s20 m0.2, crop": ["--scale", "20", "--margin", "0.2", "--lr", "0.006", "--crop", "0.4"],
-    "s20 m0.2, lr x4": ["--scale", "20", "--margin", "0.2", "--lr", "0.012"],
-    "sub-centres": ["--sub-centres", "3"],
-    "randaugment": ["--randaugment", "9"],
     "blur+grey": ["--blur", "0.2", "--grey", "0.1"],
+    "randaugment": ["--randaugment", "9"],
     "mixup": ["--mixup", "0.2"],
     "cutmix": ["--cutmix", "1", "--cutout", "0"],
+    "no cutout": ["--cutout", "0"],
+    "ema": ["--ema", "0.99"],
+    "head-first": ["--head-first", "1", "--epochs", "-1"],
+    "sub-centres": ["--sub-centres", "3"],
     "gem fixed": ["--no-train-gem"],
     "mean pooling": ["--gem-p", "1", "--no-train-gem"],
     "larger test": ["--test-size", "+25%"],
     "two test sizes": ["--test-size", "0%", "+25%"],
-    PEER: None,
+    "lr x2": ["--lr", "0.012"],
+    "lr /2": ["--lr", "0.003"],
+    "head lr x1": ["--head-lr-scale", "1"],
+    "head lr x10": ["--head-lr-scale", "10"],
 }
 
 
@@ -125,7 +126,7 @@ def train_peer(fold, seed, args):
     augmentation_flags(parser)
     recipe = parser.parse_args([])
     recipe.size = args.size
-    table = load_train(args)
+    table = read_train(args.input)
     classes, labels = encode(table["label"])
     folds = load_folds(args.output, table)
     parts = []
@@ -138,7 +139,7 @@ def train_peer(fold, seed, args):
     loss = ArcFaceLoss(len(classes), EMBEDDING).to(device)
     sampler = EpochSampler(len(parts[0]), seed, 32)
     loader = make_loader(parts[0], sampler, workers, device)
-    lr, scale = float(BASE[1]), float(BASE[3])
+    lr, scale = (float(BASE[BASE.index(flag) + 1]) for flag in ("--lr", "--head-lr-scale"))
     new = [*model.pool.parameters(), *model.neck.parameters(), *loss.parameters()]
     optimiser = torch.optim.SGD([{"params": model.backbone.parameters(), "scale": 1.0}, {"params": new, "scale": scale}], lr,
                                 momentum=0.9, weight_decay=1e-4, nesterov=True)
