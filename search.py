@@ -131,8 +131,9 @@ class Gallery:
         """Cosine of the pairs (query[i], gallery row begin + j) in float32; i ascending."""
         if self.unit is not None:
             step = max(1, PAIRS // query.shape[1])
-            parts = [(query[i[at:at + step]] * self.unit[j[at:at + step]]).sum(1) for at in range(0, len(j), step)]
-            return torch.cat(parts) if parts else torch.empty(0, device=query.device)
+            parts = [(query[i[at:at + step]] * self.unit[j[at:at + step]]).sum(1, dtype=torch.float64)  # in any order the same
+                     for at in range(0, len(j), step)]
+            return torch.cat(parts).float() if parts else torch.empty(0, device=query.device)
         start = torch.zeros(len(query) + 1, dtype=torch.int64)
         start[1:] = torch.bincount(i, minlength=len(query)).cumsum(0)
         rows = self.begin + j if self.vectors.rows is None else torch.from_numpy(self.vectors.rows)[self.begin + j]
@@ -206,7 +207,8 @@ def candidates(query, gallery, k, worst, mask, limit):
     product, best = products(code, gallery, mask, group)
     best = best.transpose(0, 1)
     enough = k <= best[0].numel()  # the k-th best of the groups is a lower bound of the k-th best of all
-    kth = best.flatten(1).topk(k, sorted=False).values.amin(1).double() * unit - error if enough else -torch.inf * error
+    kth = best.flatten(1).topk(k, sorted=False).values.amin(1).double() * unit if enough else -torch.inf * error
+    kth = kth.clamp(max=1) - error  # codes may be longer than 1, and bfloat16 rounds numbers above it twice as coarsely
     least = ((torch.maximum(kth, worst.double()) - error) / unit).float()
     least -= least.abs() * 1e-6  # this line's own rounding
     hit = best >= least[:, None, None]
@@ -330,6 +332,17 @@ def join_ranks(tensor, ranks):
     return torch.cat(all_of_them, 1)
 
 
+def free_memory(device):
+    """GiB for the search: 1, on a GPU half of what is free, the same on all processes, whose exchanges have to match."""
+    if device.type == "cpu":
+        return 1.0
+    free = torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    free = torch.tensor(free / 2**31, dtype=torch.float64, device=device)
+    if place()[1] > 1:
+        dist.all_reduce(free, dist.ReduceOp.MIN)
+    return free.item()
+
+
 def topk(queries, gallery, k, exclude=None, device="cpu", screen="auto", memory=None, store=None):
     """Exact k nearest gallery rows by cosine similarity; the full similarity matrix never exists.
 
@@ -351,11 +364,14 @@ def topk(queries, gallery, k, exclude=None, device="cpu", screen="auto", memory=
     store = store or Store()
     similarity, index, first = store.open(similarity=(np.float32, (n, k)), index=(np.int64, (n, k)))
     first = on_first(lambda: first)  # the first process keeps the result, the others go where it stands
+    if place()[0]:
+        similarity[:first], index[:first] = 0, 0  # only the first has them
     if k:
         device = torch.device(device)
         screen = pick_screen(screen, device, n * m * queries.shape[1])
-        if memory is None:
-            memory = torch.cuda.mem_get_info(device)[0] / 2**31 if device.type == "cuda" else 1.0
+        memory = free_memory(device) if memory is None else memory
+        if device.type == "cuda":  # the bounds are those of sums in float32
+            torch.backends.cuda.matmul.allow_tf32 = torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
         with progress(None, "search", n) as bar, torch.inference_mode():
             bar.update(first)
             for part, near, which in search(queries, gallery, k, exclude, device, screen, memory * 2**30, first):
