@@ -60,6 +60,7 @@ from dataset import (
 from models import EMBEDDING, Model, Softmax, build, load_weights
 
 SAVE = 10.0  # seconds between two savings of a pass
+NO_MEMORY = ("OutOfMemoryError", "unable to find an engine", "ALLOC_FAILED")  # as PyTorch, cuDNN and cuBLAS say it
 
 
 def parse_args():
@@ -161,8 +162,8 @@ def embed_pass(model, images, device, precision, batch_size, workers, what, outp
                 try:
                     with autocast(device, precision):
                         both = output(model, torch.cat([part, part.flip(-1)]))
-                except torch.cuda.OutOfMemoryError:
-                    if batch_size == 1:
+                except RuntimeError as error:
+                    if batch_size == 1 or not any(said in f"{type(error)} {error}" for said in NO_MEMORY):
                         raise
                     batch_size //= 2
                     torch.cuda.empty_cache()
@@ -299,7 +300,7 @@ def extract(folder, args, train, test, device, first, cache):
         images = Images(base, files, np.zeros(len(files), np.int64), stamp["sizes"][0], stored["resize"], cache=cache)
         name = f"{folder.parent.name}/{folder.name} {split}"
         if split == "test" and args.adapt_bn:
-            adapt_bn(model, images, device, stamp["precision"], batch_size, args.workers)
+            adapt_bn(model, images, device, stamp["precision"], min(batch_size, 64), args.workers)
         pieces = folder / ".extract" / f"{split}{place()[0]}"
         embedded = embed_shared(model, images, device, stamp["precision"], batch_size, args.workers, name, stamp["sizes"],
                                 store=lambda size, pieces=pieces: Store(pieces / str(size), key))

@@ -68,6 +68,11 @@ if [[ -z $CARDS && -z ${DEVICE[*]} ]]; then
     cards=(${found//,/ })
     ((${#cards[@]} > 1)) || cards=()
 fi
+export CUDA_DEVICE_ORDER=PCI_BUS_ID  # nvidia-smi's numbers
+if ((${#cards[@]} > 1)); then
+    workers=$(($(nproc) / ${#cards[@]}))
+    TRAIN=(--workers $((workers > 8 ? 8 : workers > 1 ? workers : 1)) "${TRAIN[@]}")  # what the user says comes later and counts
+fi
 ((${#cards[@]})) && export CUDA_VISIBLE_DEVICES=${cards[0]} || cards=("")  # one card: whichever PyTorch finds
 [[ -t 1 && ${#cards[@]} == 1 ]] && export PROGRESS=1
 

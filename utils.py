@@ -113,7 +113,7 @@ def run(main):
             raise
         said, code = f"error: {printable(error.filename or 'output')}: {error.strerror}; {TO_DO}", 2
     except torch.OutOfMemoryError as error:
-        said = f"error: {str(error).partition('. ')[0]}; compute a batch in parts (train.py: --grad-accum 2) or a smaller one"
+        said = f"error: {str(error).partition('. ')[0]}; compute a batch in parts (train.py: --grad-accum 2, with --restart)"
         code = 2
     except KeyboardInterrupt:
         signal.signal(signal.SIGTERM, signal.SIG_IGN)  # schedulers send it to all processes of a job and to its shell again
@@ -122,7 +122,7 @@ def run(main):
     except Exception as error:
         if interrupted:  # a loader's process may have met the signal first
             said, code = INTERRUPTED, 130
-        elif "DataLoader worker" in str(error):
+        elif "DataLoader worker" in str(error) or "Pin memory thread" in str(error):
             said = f"error: {error}; memory or /dev/shm was full perhaps: the same command with fewer --workers goes on"
             code = 2
         else:
@@ -176,7 +176,7 @@ def seed_everything(*key):
 
 def pick_device(name="auto", deterministic=False):
     """torch.device for 'auto', 'cpu', 'cuda' or 'cuda:1', under torchrun a GPU each; cuDNN picks its fastest kernels, TF32 too,
-    unless the run is to be deterministic. Matrix products stay float32, PyTorch's default: the search is exact."""
+    unless the run is to be deterministic. Matrix products stay float32, also where a container's variables say otherwise."""
     if deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS wants it, before it starts
     torch.use_deterministic_algorithms(deterministic)
@@ -188,10 +188,11 @@ def pick_device(name="auto", deterministic=False):
         name = f"cuda:{os.environ['LOCAL_RANK']}"
     try:
         device = torch.device(name)
-        torch.empty(1, device=device)
+        torch.ones(1, device=device).add(1).item()  # a card that this build has no code for fails here
     except RuntimeError as error:
         raise InputError(f"--device {name}: {str(error).partition(chr(10))[0]}") from None
     torch.backends.cudnn.allow_tf32, torch.backends.cudnn.benchmark = True, not deterministic
+    torch.backends.cuda.matmul.allow_tf32 = False
     return device
 
 

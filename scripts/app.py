@@ -83,7 +83,7 @@ class Labeller:
         self.classes, self.labels = encode(self.gallery["label"])
         self.calibration = load_calibration(args, *trained, self.classes, device)
         self.computing, self.reading = ThreadPoolExecutor(1), ThreadPoolExecutor(2)
-        self.label(np.zeros((64, 64, 3), np.uint8))  # the first one is slow, and what is wrong shows now
+        self.computing.submit(self.label, np.zeros((64, 64, 3), np.uint8)).result()  # the first is slow, faults show now
 
     def label(self, photo):
         """The answer for an image uint8 [H, W, 3], ready for JSON."""

@@ -120,6 +120,7 @@ def train_peer(fold, seed, args):
 
     start, device, workers = time.time(), pick_device(), default_workers()
     precision, embedding = (pick_precision("auto", device, training) for training in (True, False))
+    precision = "fp32" if precision == "fp16" else precision  # there is no scaler here
     if not (Path(args.output) / "folds.csv").exists():
         raise InputError(f"{args.output}/folds.csv is not there; run another variant first, it draws the folds")
     parser = argparse.ArgumentParser()

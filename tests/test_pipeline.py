@@ -348,6 +348,30 @@ def test_embeddings_are_the_flip_average(data, output):
     assert np.allclose(np.load(run / "train.npy")[5], expected[0], atol=1e-4)
 
 
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory"),
+                                   RuntimeError("FIND was unable to find an engine to execute this computation")])
+def test_a_batch_that_does_not_fit_is_halved(data, error):
+    from dataset import Images
+    from extract import embed
+    from models import Model
+
+    def output(model, batch):
+        sizes.append(len(batch))
+        if len(batch) > most:
+            raise error
+        return model.features(batch)
+
+    images, sizes, most = Images(data, [f"train/bottle_{i}.png" for i in range(6)], np.zeros(6, np.int64), 32), [], 99
+    model = Model("test_nfnet", 4)
+    whole = embed(model, images, torch.device("cpu"), batch_size=6, output=output)
+    most, sizes[:] = 4, []
+    halved = embed(model, images, torch.device("cpu"), batch_size=6, output=output)
+    assert sizes == [12, 6, 2, 2, 2, 2, 2, 2] and np.allclose(halved, whole, rtol=1e-4, atol=1e-6)
+    most = 1
+    with pytest.raises(RuntimeError, match=str(error)):
+        embed(model, images, torch.device("cpu"), batch_size=6, output=output)
+
+
 def test_retrieve_writes_the_submission_in_its_order(data, output):
     said = script("retrieve.py", "--input", data, "--output", output)
     sample, done = (pd.read_csv(p, dtype=str) for p in (data / "sample_submission.csv", output / "submission.csv"))
