@@ -270,8 +270,8 @@ def pick_screen(name, device, work):
     """'auto': what the device multiplies fastest; float32 where `work` (products of numbers) is too little to matter."""
     if name != "auto":
         return name
-    if device.type == "cuda":
-        return "bf16"
+    if device.type == "cuda":  # cards older than Ampere (T4, V100) have no bfloat16 units
+        return "bf16" if pick_precision("auto", device) == "bf16" else "fp32"
     if work < 1e9 or not in_place(device):
         return "fp32"
     return "int8" if torch.cpu._is_vnni_supported() else pick_precision("auto", device)
