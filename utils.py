@@ -37,6 +37,7 @@ import fcntl
 import gc
 import hashlib
 import json
+import multiprocessing
 import random
 import re
 import signal
@@ -109,9 +110,9 @@ def run(main):
     except InputError as error:
         said, code = "error: " + "\n".join(map(printable, str(error).split("\n"))), 2
     except OSError as error:
-        if error.filename is None and error.errno is None:
-            raise
         said, code = f"error: {printable(error.filename or 'output')}: {error.strerror}; {TO_DO}", 2
+        if error.filename is None and error.errno is None:  # one that a loader's process has met, in its words
+            said, code = traceback.format_exc().rstrip(), 1
     except torch.OutOfMemoryError as error:
         said = f"error: {str(error).partition('. ')[0]}; compute a batch in parts (train.py: --grad-accum 2, with --restart)"
         code = 2
@@ -122,13 +123,17 @@ def run(main):
     except Exception as error:
         if interrupted:  # a loader's process may have met the signal first
             said, code = INTERRUPTED, 130
-        elif "DataLoader worker" in str(error) or "Pin memory thread" in str(error):
+        elif "DataLoader worker (pid" in str(error) or "Pin memory thread" in str(error):
             said = f"error: {error}; memory or /dev/shm was full perhaps: the same command with fewer --workers goes on"
             code = 2
         else:
             said, code = traceback.format_exc().rstrip(), 1
     if code:
         gc.collect()  # while an exception's frames live so does their loader, and Python's end would wait for its processes
+        if children := multiprocessing.active_children():  # for ever, where the loader could not tell them
+            signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+            for child in children:
+                child.kill()
     if code and fails_first():
         print(said, file=sys.stderr, flush=True)
     elif code:
