@@ -40,7 +40,8 @@ while (($#)); do
             name=${1#--}; declare "${name^^}=$2"; shift ;;
         --device) DEVICE=(--device "${2:-}"); shift ;;
         --allow-outside) TRAIN+=("$1") SCRIPTS+=("$1") ;;
-        --deterministic) TRAIN+=("$1") EXTRACT+=("$1") ;;
+        --deterministic|--cache|--no-cache|--workers=*|--cache-size=*) TRAIN+=("$1") EXTRACT+=("$1") ;;
+        --workers|--cache-size) TRAIN+=("$1" "${2:-}") EXTRACT+=("$1" "${2:-}"); shift ;;
         --arch|--arch=*|--fold|--fold=*|--archs=*|--folds=*|--input=*|--output=*|--rounds=*|--cards=*|--device=*)
             echo "error: ${1%%=*} is not for run_all.sh; write --archs \"A B\", --folds \"0 1\", --input DIR, --output DIR" >&2
             exit 2 ;;
@@ -141,6 +142,7 @@ for ((round = 1; round <= ROUNDS; round++)); do
         [[ -f $before/confidence.csv ]] || { failed+=("round $round: no $before/confidence.csv, no run held images out"); break; }
         pseudo=(--pseudo "$before/confidence.csv") out=$OUTPUT/round$round
         mkdir -p "$out" && cp "$OUTPUT/folds.csv" "$out/" || exit 2
+        rm -f "$out/bad_images.csv"
         [[ ! -f $OUTPUT/bad_images.csv ]] || cp "$OUTPUT/bad_images.csv" "$out/" || exit 2
     fi
     for arch in "${archs[@]}"; do
