@@ -20,6 +20,7 @@ from utils import (
     autocast,
     duration,
     file_fingerprint,
+    fingerprint,
     gather,
     keep_freed_memory,
     load_checkpoint,
@@ -252,6 +253,13 @@ def import_weights(args, folder, train):
                                          "head_fits": part == "all"})
 
 
+def sizes_fingerprint(root, train, test):
+    """Of the files' bytes: other photographs under the same names are noticed, a copy of the folder is none of them."""
+    files = [Path(root) / name for name in train["path"]]
+    files += [] if test is None else [Path(root) / "test" / name for name in test["filename"]]
+    return fingerprint([str(file.stat().st_size)] for file in files)
+
+
 def up_to_date(folder, stamp, names):
     """Whether the embeddings on disk are of this stamp and as they were written."""
     try:
@@ -269,7 +277,7 @@ def extract(folder, args, train, test, device, first, cache):
     stamp = {"train": train_fingerprint(train), "test": None if test is None else test_fingerprint(test),
              "checkpoint": file_fingerprint(folder / "best.pt"), "fold": recorded.get("fold"),
              "precision": pick_precision(args.precision or recorded.get("embed_precision", recorded["precision"]), device),
-             "adapt_bn": args.adapt_bn,
+             "adapt_bn": args.adapt_bn, "bytes": sizes_fingerprint(args.input, train, test),
              "sizes": args.test_size or recorded.get("test_size") or [recorded["size"]], "gem_p": args.gem_p}
     names = ["train.npy", "test.npy", "head.npy"] if test is not None else ["train.npy", "head.npy"]
     stamp_file = folder / "extract.json"

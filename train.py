@@ -295,9 +295,12 @@ def load_last(folder, stamps):
     state = load_checkpoint(folder / "last.pt", epoch=int, best=float, history=list, model=dict, optimiser=dict, train=str,
                             held_out=str)
     if any(state[name] != stamp for name, stamp in stamps.items()):
-        raise InputError(f"{folder}/last.pt is of other training images; use another --output, or --restart to begin anew")
+        raise InputError(f"{folder}/last.pt is of other training images or pseudo labels; delete {folder}, use another "
+                         "--output, or --restart to begin anew")
     if state["best"] >= 0 and not (folder / "best.pt").exists():
         print(f"{folder}/best.pt is gone: training anew")
+        for old in ("log.csv", "last.pt"):  # they would call the first epoch's best.pt a finished run's
+            (folder / old).unlink(missing_ok=True)
         return fresh
     return state
 
@@ -362,11 +365,9 @@ def looks(args, train, device):
                  args.eval_batch_size, args.workers, "looks", output=Model.features)
 
 
-def fit(folder, args, recorded, train, fold, device):
-    """Train from where last.pt stands to the last epoch."""
-    keep_freed_memory()
-    precision = recorded["precision"]
-    classes, labels = encode(train["label"])
+def choose_images(args, train, fold, classes, labels):
+    """(paths, class numbers, rows to train on, rows to validate by, rows held out, fingerprints) of a run: the images of
+    train.csv and behind them the confident test images of --pseudo."""
     inside = np.arange(len(train)) if args.fold == "all" else np.flatnonzero(fold != int(args.fold))
     outside = np.setdiff1d(np.arange(len(train)), inside)
     paths, truth = train["path"].to_numpy(), labels
@@ -374,9 +375,17 @@ def fit(folder, args, recorded, train, fold, device):
         extra = read_pseudo(args.pseudo, args.pseudo_min, classes)
         extra = extra[~extra["filename"].isin(bad_images(args.output, "test"))]
         paths, truth = np.append(paths, "test/" + extra["filename"]), np.append(labels, extra["number"])
-    seen = np.append(inside, np.arange(len(train), len(paths)))
     stamps = {"train": train_fingerprint(pd.DataFrame({"path": paths, "label": truth})),
               "held_out": train_fingerprint(train.iloc[outside])}
+    return paths, truth, np.append(inside, np.arange(len(train), len(paths))), inside, outside, stamps
+
+
+def fit(folder, args, recorded, train, fold, device):
+    """Train from where last.pt stands to the last epoch."""
+    keep_freed_memory()
+    precision = recorded["precision"]
+    classes, labels = encode(train["label"])
+    paths, truth, seen, inside, outside, stamps = choose_images(args, train, fold, classes, labels)
     augment = augmentation(args)
     cache = Cache(args)
     cache.add(args.input, paths, [args.size, *args.test_size], args.resize)
@@ -471,6 +480,7 @@ def main():
         with lock(folder):
             recorded = on_first(record_arguments, folder, args, device)
             if on_first(is_finished, folder):
+                on_first(lambda: load_last(folder, choose_images(args, train, fold, *encode(train["label"]))[-1]) and None)
                 print(f"{folder} finished already")
             else:
                 fit(folder, args, recorded, train, fold, device)

@@ -253,6 +253,10 @@ def test_confident_test_images_join_a_second_round(data, tmp_path):
     count = [int(out.stdout.split(" images, ")[0].split()[-1]) for out in (said, alone)]
     fold = pd.read_csv(tmp_path / "folds.csv")["fold"]
     assert count == [(fold != 0).sum() + 6, (fold != 1).sum()]
+    again = ["--pseudo", str(tmp_path / "c.csv"), "--epochs", "1", "--pseudo-min"]
+    assert "finished already" in train(data, tmp_path, "test_nfnet", 0, *again, "0.5").stdout
+    names.assign(prediction=names["label"], confidence=np.linspace(1, 0, 12)).to_csv(tmp_path / "c.csv", index=False)
+    assert "of other training images or pseudo labels" in train(data, tmp_path, "test_nfnet", 0, *again, "0.5", code=2).stderr
 
 
 def test_train_on_everything(data, tmp_path):
@@ -273,6 +277,27 @@ def test_extract_skips_what_is_up_to_date_and_redoes_what_is_not(data, output, t
     said = script("extract.py", "--input", data, "--output", tmp_path / "o", "--arch", "test_nfnet", "--batch-size", 64,
                   "--precision", "fp32").stdout
     assert "images/s" in said and (run / "train.npy").read_bytes() == before
+
+
+def test_other_photographs_under_the_same_names_are_extracted_anew(data, output, tmp_path):
+    shutil.copytree(data, tmp_path / "data", copy_function=shutil.copyfile)  # other times, the same bytes
+    shutil.copytree(output, tmp_path / "o")
+    flags = ["--input", tmp_path / "data", "--output", tmp_path / "o"]
+    assert script("extract.py", *flags).stdout.count("up to date") == 2
+    one, *_, other = sorted((tmp_path / "data" / "test").iterdir())
+    shutil.copyfile(other, one)
+    assert script("extract.py", *flags).stdout.count("up to date") == 0
+    assert script("extract.py", *flags).stdout.count("up to date") == 2
+
+
+def test_a_damaged_image_in_a_loader_s_process_ends_the_script(data, tmp_path):
+    shutil.copytree(data, tmp_path / "data", ignore=shutil.ignore_patterns(".cache"))
+    image = tmp_path / "data" / pd.read_csv(data / "train.csv")["path"][3]
+    image.write_bytes(image.read_bytes()[:200])  # its header is whole
+    command = ["train.py", "--arch", "test_nfnet", "--fold", 0, "--input", tmp_path / "data", "--output", tmp_path / "o", *TINY]
+    done = subprocess.run([sys.executable, *map(str, [*command, "--no-cache"])], cwd=ROOT, capture_output=True, text=True,
+                          timeout=200)  # it once waited for ever
+    assert done.returncode == 2 and image.name in done.stderr and "Traceback" not in done.stderr
 
 
 KILLED = """
