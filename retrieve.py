@@ -142,6 +142,11 @@ def embedded_by(run):
     return json.dumps([run["stamp"][key] for key in ("checkpoint", "sizes", "gem_p")])
 
 
+def stamps_of(runs):
+    """SHA-256 of all that the embeddings of the runs, as `grow` returns them, come from."""
+    return fingerprint([[json.dumps(r["stamp"]) for r in runs]])
+
+
 def grow(runs, output, train):
     """The gallery as scripts/add_products.py left it: train.csv less the removed labels, then the added images; as it was where
     nothing was added or removed.
@@ -262,7 +267,7 @@ def strangers(runs, grown, fold, own, numbers, output, device):
 
     own [N], numbers [m]: class numbers of train.csv's rows and of the gallery's. Kept in output/strangers.npz, since
     scripts/classify.py is to be fast."""
-    file, key = Path(output) / "strangers.npz", fingerprint([[json.dumps(r["stamp"]) for r in grown]])
+    file, key = Path(output) / "strangers.npz", stamps_of(grown)
     if file.exists():
         arrays = load_npz(file, "delete it, it is made anew")
         if arrays.pop("key", None) == key:
@@ -340,8 +345,8 @@ def retrieve(args, device, train, test):
     vote, by = "nearest" if args.vote == "auto" else args.vote, folds_by(args.output)
     if not fitting(grown, [vote]):
         raise InputError(f"--vote {vote} needs runs whose head fits these classes; use --vote sum")
-    scores = {"runs": {r["name"]: r["stamp"]["checkpoint"] for r in runs}, "vote": vote, "k": args.k, "power": args.power,
-              "head_power": args.head_power, "test": None, "oof": None}
+    scores = {"runs": {r["name"]: r["stamp"]["checkpoint"] for r in runs}, "stamps": stamps_of(grown), "vote": vote,
+              "k": args.k, "power": args.power, "head_power": args.head_power, "test": None, "oof": None}
     if first:
         (Path(args.output) / "oof.csv").unlink(missing_ok=True)
 

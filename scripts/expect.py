@@ -45,7 +45,7 @@ from dataset import (
     read_test,
     with_bad,
 )
-from retrieve import UNKNOWN, grow, load_runs
+from retrieve import UNKNOWN, grow, load_runs, stamps_of
 from search import Joined, topk
 
 NEIGHBOURS = 100  # looked at for the evidence: enough that several classes are among them
@@ -292,15 +292,16 @@ def expect(runs, fold, part, labels, grown, numbers, args, device, said=None, he
     return confidence, said, similarity[:, 0], figures
 
 
-def submitted(args, test, trained, classes, runs):
+def submitted(args, test, trained, classes, grown):
     """(vote, its class numbers of the test images [n], -1 for rejected ones, and out-of-fold [N] or None) of the submission.
     Test images have the `classes` of the gallery, training images those of train.csv, `trained`."""
     output, number, before = Path(args.output), *({label: i for i, label in enumerate(c)} for c in (classes, trained))
-    scores = load_json(output / "scores.json", runs=dict, vote=str)
+    scores = load_json(output / "scores.json", vote=str)
     table = read_csv(output / "submission.csv", ["filename", "prediction"])
     table = table[table["filename"].isin(test["filename"])].reset_index(drop=True)  # less those in bad_images.csv
-    if scores["runs"] != {r["name"]: r["stamp"]["checkpoint"] for r in runs} or not table["filename"].equals(test["filename"]):
-        raise InputError(f"{output}/submission.csv is of other runs or test images than there are now; run retrieve.py again")
+    if scores.get("stamps") != stamps_of(grown) or not table["filename"].equals(test["filename"]):
+        raise InputError(f"{output}/submission.csv is of other runs, embeddings or images than there are now; run retrieve.py "
+                         "again")
     if scores["vote"] == "nearest" or folds_by(output) == "random" or not (output / "oof.csv").exists():
         held = None  # random folds flatter any vote; then the nearest image's odds against other looks have to do
     else:
@@ -322,7 +323,7 @@ def main():
     runs = load_runs(args.output, args.runs if nearest else list(load_json(scores, runs=dict)["runs"]), train, good)
     grown, gallery = grow(runs, args.output, train)
     (trained, labels), (classes, numbers) = encode(train["label"]), encode(gallery["label"])
-    vote, said, held = ("nearest", None, None) if nearest else submitted(args, good, trained, classes, runs)
+    vote, said, held = ("nearest", None, None) if nearest else submitted(args, good, trained, classes, grown)
     if not any(str(r["fold"]).isdecimal() for r in runs):
         print("no run held images out, so nothing is known of the accuracy to expect; train runs of folds, not of 'all'")
         return
