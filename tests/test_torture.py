@@ -176,8 +176,10 @@ def test_what_an_interrupt_breaks_is_no_fault_of_its_own(capsys):
     with pytest.raises(SystemExit) as end:
         run(main)
     assert end.value.code == 130 and capsys.readouterr().err.startswith("interrupted")
-    with pytest.raises(RuntimeError):
+    with pytest.raises(SystemExit) as end:
         run(lambda: exec("raise RuntimeError('a fault')"))
+    said = capsys.readouterr().err
+    assert end.value.code == 1 and said.startswith("Traceback") and said.endswith("RuntimeError: a fault\n")
 
 
 def test_two_fresh_runs_give_the_same_files(data, output, tmp_path):
