@@ -364,7 +364,7 @@ def retrieve(args, device, train, test):
     wanted = list(dict.fromkeys([*fitting(grown, DEFAULT_VOTES), vote]))
     if test is not None:
         begun = Path(args.output) / "search"
-        key = fingerprint([(args.k, *(json.dumps(r["stamp"]) for r in grown))])
+        key = fingerprint([(args.k, stamps_of(grown))])
         store = Store(begun, key) if first else None
         said, similarity, index = label_test(grown, numbers, len(classes), args, wanted, device, store)
         strange = reject(runs, grown, train, classes, numbers, args, device) if args.reject else np.zeros(len(test), bool)

@@ -8,7 +8,8 @@
 #
 # --archs and --folds list the runs; --input, --output name the folders; --rounds 2 trains once more, in output/round2, with
 # the confident test images of the first round; --cards "0 2" takes these cards only (default all, or CUDA_VISIBLE_DEVICES);
-# --folds-only draws the demo and the folds and stops; every other flag goes to train.py (--allow-outside to all scripts).
+# --folds-only draws the demo and the folds and stops; every other flag goes to train.py (--allow-outside to all
+# scripts; --workers, --[no-]cache, --cache-size and --deterministic to extract.py, too).
 set -uo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")" || exit 2
 
@@ -24,7 +25,7 @@ SCRIPTS=() EXTRACT=()  # flags for all that follow the training, and for extract
 DEMO=
 FOLDS_ONLY=
 
-usage() { sed -n '2,12s/^# \{0,1\}//p' run_all.sh; exit "$1"; }
+usage() { sed -n '2,13s/^# \{0,1\}//p' run_all.sh; exit "$1"; }
 [[ " $* " == *" --demo "* ]] && {
     DEMO=1 INPUT=input/demo OUTPUT=output/demo
     ARCHS="tf_efficientnet_lite0 tf_efficientnet_lite1"
