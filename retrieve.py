@@ -376,8 +376,9 @@ def retrieve(args, device, train, test):
         index = with_bad(test, good, gallery.index.to_numpy()[index], -1)
         with atomic(Path(args.output) / "neighbours.npz") as temporary, open(temporary, "wb") as file:
             np.savez(file, similarity=similarity, index=index)
+        prediction = np.where(strange, UNKNOWN, np.array(classes, object)[said[vote]])
+        (Path(args.output) / "confidence.csv").unlink(missing_ok=True)  # of the former submission; expect.py writes it anew
         with atomic(Path(args.output) / "submission.csv") as temporary:
-            prediction = np.where(strange, UNKNOWN, np.array(classes, object)[said[vote]])
             test.assign(prediction=prediction).to_csv(temporary, index=False)
         truth = read_solution(args.input, test["filename"])
         if truth is not None:

@@ -48,7 +48,7 @@ from dataset import (
 )
 from extract import embed_pass, load_model
 from models import Model
-from retrieve import UNKNOWN, check_reject_flag, grow, load_runs, reject, reject_flag
+from retrieve import UNKNOWN, check_reject_flag, grow, load_runs, reject, reject_flag, stamps_of
 from search import as_tensor, merge
 
 
@@ -121,7 +121,7 @@ def load_calibration(args, train, trained, classes, device):
     images out."""
     file = Path(args.output) / "expected.json"
     expected = load_json(file, runs=dict, calibration=dict) if file.exists() else {"runs": None}
-    if expected["runs"] == {r["name"]: r["stamp"]["checkpoint"] for r in trained}:
+    if expected["runs"] == {r["name"]: stamps_of([r]) for r in trained}:
         calibration = expected["calibration"]
     elif any(str(r["fold"]).isdecimal() for r in trained):
         labels, fold = encode(train["label"])[1], load_folds(args.output, train)

@@ -288,7 +288,7 @@ def expect(runs, fold, part, labels, grown, numbers, args, device, said=None, he
     figures = {name: value if value is None else round(float(value), 4) for name, value in figures.items()}
     first = next(r for r in runs if str(r["fold"]).isdecimal())
     figures |= shift(first, fold, args.seed, device)
-    figures |= {"runs": {r["name"]: r["stamp"]["checkpoint"] for r in runs}, "calibration": calibration}
+    figures |= {"runs": {r["name"]: stamps_of([r]) for r in runs}, "calibration": calibration}
     return confidence, said, similarity[:, 0], figures
 
 

@@ -160,7 +160,9 @@ def main():
     table, (similarity, index) = table[good].reset_index(drop=True), (part[good, :NEAR] for part in near)
     scores = load_json(output / "scores.json", runs=dict, vote=str)
     runs = load_runs(output, list(scores["runs"]), train, table)
-    expected = load_json(output / "expected.json", expected=float) if (output / "expected.json").exists() else None
+    expected = None  # without confidence.csv, which a new submission deletes, it is of a former one
+    if all((output / name).exists() for name in ("confidence.csv", "expected.json")):
+        expected = load_json(output / "expected.json", expected=float)
     truth = read_solution(source, table["filename"])
     table = table.assign(truth=truth, similarity=similarity[:, 0], confidence=np.nan)
     if (output / "confidence.csv").exists():
