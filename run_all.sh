@@ -1,13 +1,14 @@
 #!/usr/bin/env bash
 # The whole job on one machine: ten runs (2 backbones x 5 folds), extraction, retrieval. Run it again and it goes on where it
-# stopped: finished runs are skipped, a half-trained one resumes. Each card of the machine trains a run at a time.
+# stopped: finished runs are skipped, a half-trained one resumes. Each card of the machine takes a run at a time.
 #
 #   bash run_all.sh                               input/ -> output/submission.csv, the full recipe
 #   bash run_all.sh --demo                        makes a demo data set first; minutes on two CPU cores
 #   bash run_all.sh --archs "nfnet_l0" --folds "0 1" --epochs 10 --size 224 --input input/mine --output output/mine
 #
 # --archs and --folds list the runs; --input, --output name the folders; --rounds 2 trains once more, in output/round2, with
-# the confident test images of the first round; --cards "0 2" takes these cards only (default all, or CUDA_VISIBLE_DEVICES);
+# the confident test images of the first round; --cards "0 2" takes these cards only (default all, or CUDA_VISIBLE_DEVICES),
+# --cards "cpu cpu" takes two runs at a time to the processor, each with half of its cores;
 # --folds-only draws the demo and the folds and stops; every other flag goes to train.py (--allow-outside to all
 # scripts; --workers, --[no-]cache, --cache-size and --deterministic to extract.py, too).
 set -uo pipefail
@@ -25,7 +26,7 @@ SCRIPTS=() EXTRACT=()  # flags for all that follow the training, and for extract
 DEMO=
 FOLDS_ONLY=
 
-usage() { sed -n '2,13s/^# \{0,1\}//p' run_all.sh; exit "$1"; }
+usage() { sed -n '2,14s/^# \{0,1\}//p' run_all.sh; exit "$1"; }
 [[ " $* " == *" --demo "* ]] && {
     DEMO=1 INPUT=input/demo OUTPUT=output/demo
     ARCHS="tf_efficientnet_lite0 tf_efficientnet_lite1"
@@ -73,13 +74,16 @@ fi
 export CUDA_DEVICE_ORDER=PCI_BUS_ID  # nvidia-smi's numbers
 if ((${#cards[@]} > 1)); then
     workers=$(($(nproc) / ${#cards[@]}))
-    TRAIN=(--workers $((workers > 8 ? 8 : workers > 1 ? workers : 1)) "${TRAIN[@]}")  # what the user says comes later and counts
+    threads=${OMP_NUM_THREADS:-$((workers > 1 ? workers : 1))}
+    loaders=(--workers $((workers > 8 ? 8 : workers > 1 ? workers : 1)))
+    TRAIN=("${loaders[@]}" "${TRAIN[@]}") EXTRACT=("${loaders[@]}" "${EXTRACT[@]}")  # what the user says comes later and counts
 fi
 ((${#cards[@]})) && export CUDA_VISIBLE_DEVICES=${cards[0]} || cards=("")  # one card: whichever PyTorch finds
 [[ -t 1 && ${#cards[@]} == 1 ]] && export PROGRESS=1
 
-child='' show=(cat)
-stage() {  # stage NAME LOG COMMAND...: run it, copy what it prints to LOG (without progress bars), note its seconds
+child='' show=(cat) beside=1
+# stage NAME LOG COMMAND...: run it, copy what it prints to LOG (without progress bars), note its seconds, side by side a share
+stage() {
     local name=$1 start=$SECONDS code; log=$2; shift 2
     mkdir -p "$(dirname "$log")"
     exec {pipe}> >(tee -a "$log" | "${show[@]}"); copy=$!
@@ -88,7 +92,7 @@ stage() {  # stage NAME LOG COMMAND...: run it, copy what it prints to LOG (with
     wait "$child"; code=$?
     child=
     finish_log
-    echo "$name,$((SECONDS - start))" >> "$OUTPUT/times.csv"
+    echo "$name,$(((SECONDS - start) / beside))" >> "$OUTPUT/times.csv"
     return $code
 }
 finish_log() { exec {pipe}>&-; wait "$copy"; sed -i 's/.*\r//' "$log"; }  # all is printed and logged; no bars in the log
@@ -98,11 +102,16 @@ train() {  # train ARCH FOLD LOG: start a run on a free card; waits for a card, 
     until ((${#free[@]})); do finish; done
     (
         trap stop TERM
-        run_of=() card_of=()
+        run_of=() card_of=() common=(--arch "$1" --fold "$2" --input "$INPUT" --output "$out" "${DEVICE[@]}")
         [[ ${free[0]} ]] && export CUDA_VISIBLE_DEVICES=${free[0]}
-        ((${#cards[@]} > 1)) && show=(sed -u "s|^|$1 fold $2: |")  # whose line it is
-        stage "training $1" "$3" "$PYTHON" train.py --arch "$1" --fold "$2" --input "$INPUT" --output "$out" \
-            "${DEVICE[@]}" "${pseudo[@]}" "${TRAIN[@]}"
+        if ((${#cards[@]} > 1)); then
+            show=(sed -u "s|^|$1 fold $2: |")  # whose line it is
+            export OMP_NUM_THREADS=$threads
+            beside=${#cards[@]}
+        fi
+        stage "training $1" "$3" "$PYTHON" train.py "${common[@]}" "${pseudo[@]}" "${TRAIN[@]}" || exit
+        ((beside == 1)) || stage "extraction $1" "$3" "$PYTHON" extract.py "${common[@]}" "${SCRIPTS[@]}" "${EXTRACT[@]}" ||
+            true  # tried again, and judged, with all others below
     ) &
     run_of[$!]="$1 fold $2: see $3" card_of[$!]=${free[0]} free=("${free[@]:1}")
 }
