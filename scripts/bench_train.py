@@ -29,23 +29,25 @@ from bench_extract import LIBRARIES, bench_flags, original_embedding, report, ti
 
 import train
 from dataset import Cache, EpochSampler, Images, augmentation, encode, make_loader, read_train
-from models import Model, loss_sum
+from models import Model, freeze, loss_sum
 
 
 def parse_args():
     parser = script_parser(__doc__)
     bench_flags(parser, ["nfnet_l0", "tf_efficientnet_b1"], 256)
     parser.add_argument("--batch-size", type=int, default=32, help="images a step (default 32)")
+    parser.add_argument("--freeze", type=int, default=0, metavar="N", help="train.py's, of all but the original (default 0)")
     args = parser.parse_args()
-    if min(args.size, args.n // args.batch_size, args.repeat) < 1 or args.batch_size < 2 or args.workers < 0:
-        parser.error("--size and --repeat must be 1 or more, --batch-size 2 or more and no more than --n, --workers 0 or more")
+    if min(args.size, args.n // args.batch_size, args.repeat) < 1 or args.batch_size < 2 or min(args.workers, args.freeze) < 0:
+        parser.error("--size and --repeat must be 1 or more, --batch-size 2 or more and no more than --n, --workers and "
+                     "--freeze 0 or more")
     return args
 
 
 def prepare(arch, args, classes, device, layout):
     """(model, optimiser, train.py's arguments) at a learning rate that random weights bear."""
     recipe = train.parse_args(["--arch", arch, "--fold", "all", "--size", str(args.size), "--batch-size", str(args.batch_size),
-                               "--lr", "1e-5"])
+                               "--lr", "1e-5", "--freeze", str(args.freeze)])
     model = Model(arch, classes).to(device, memory_format=layout).train()
     return model, train.make_optimiser(model, recipe), recipe
 
@@ -91,6 +93,7 @@ def main():
 
         def step(model=model, optimiser=optimiser, scaler=scaler, batch=batch, truth=truth, weights=weights, steps=steps):
             model.train()
+            freeze(model.backbone, args.freeze)
             for _ in range(steps):
                 with autocast(device, precision):
                     embedded = model(batch)

@@ -11,7 +11,7 @@ import timm
 import torch
 from conftest import ROOT
 
-from models import ArcFace, GeM, Model, add_margin, build, gem, load_weights
+from models import ArcFace, GeM, Model, add_margin, build, fold_batch_norm, freeze, gem, load_weights
 
 LISTS = ROOT / "../shared/data/original/state_dicts.json"
 
@@ -84,6 +84,70 @@ def test_model_shapes_and_rebuild(arch):
     args = {"arch": arch, "head": "arcface", "scale": 45.0, "margin": 0.4}
     again = build({"args": args, "classes": list("abcde"), "model": model.state_dict()})
     assert torch.allclose(again(images), embedding, atol=1e-5)
+
+
+def learnt(arch):
+    """A model whose batch norms have seen images."""
+    torch.manual_seed(0)
+    model = Model(arch, 5).train()
+    with torch.no_grad():
+        model(torch.randint(0, 256, (4, 3, 64, 64), dtype=torch.uint8))
+    return model
+
+
+@pytest.mark.parametrize("arch, left", [("test_efficientnet", 0), ("test_resnet", 0), ("densenet121", 62)])
+def test_folded_batch_norms_embed_alike_and_leave_the_model(arch, left):
+    """DenseNet's first norm of a layer takes what several layers gave: it stays."""
+    model = learnt(arch)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    folded = fold_batch_norm(model, 64)
+    images = torch.randint(0, 256, (2, 3, 64, 64), dtype=torch.uint8)
+    with torch.no_grad():
+        assert torch.allclose(folded(images), model(images), rtol=1e-4, atol=1e-4)
+    assert sum(isinstance(module, torch.nn.BatchNorm2d) for module in folded.backbone.modules()) == left
+    assert model.state_dict().keys() == before.keys() and all(torch.equal(model.state_dict()[n], before[n]) for n in before)
+
+
+def test_batch_norms_that_cannot_be_folded_stay():
+    assert fold_batch_norm(nfnet := Model("test_nfnet", 5), 64) is nfnet and not nfnet.training
+
+    class Fork(torch.nn.Module):  # the convolution's output is the batch norm's and another's
+        def __init__(self):
+            super().__init__()
+            self.conv, self.norm, self.forward_features = torch.nn.Conv2d(3, 8, 3), torch.nn.BatchNorm2d(8), self.forward
+
+        def forward(self, x):
+            x = self.conv(x)
+            return self.norm(x) + x
+
+    model = Model("test_nfnet", 5)
+    model.backbone, model.neck[0] = Fork(), torch.nn.Linear(8, 512)
+    model.backbone.norm.running_var.fill_(0.1)
+    assert fold_batch_norm(model, 64) is model
+
+
+@pytest.mark.parametrize("arch", ["test_efficientnet", "test_nfnet"])
+def test_frozen_layers_keep_weights_and_statistics(arch):
+    model = learnt(arch)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    model.train()
+    freeze(model.backbone, 2)
+    optimiser = torch.optim.SGD(model.parameters(), 0.1, weight_decay=0.1)
+    model(torch.randint(0, 256, (4, 3, 64, 64), dtype=torch.uint8)).square().sum().backward()
+    optimiser.step()
+    first = ("backbone.conv_stem", "backbone.bn1", "backbone.blocks.0.", "backbone.stem", "backbone.stages.0.")
+    moved = {name for name, tensor in model.state_dict().items() if not torch.equal(tensor, before[name])}
+    assert not any(name.startswith(first) for name in moved)
+    assert all(name in moved for name, p in model.backbone.named_parameters("backbone")
+               if p.ndim == 4 and not name.startswith(first))
+    model.backbone.train().requires_grad_(True)
+    assert all(module.training for module in model.backbone.modules())
+    with pytest.raises(InputError, match="layer groups"):
+        freeze(model.backbone, 9)
+    other = Model("poolformer_s12", 5).backbone
+    freeze(other, 0)
+    with pytest.raises(InputError, match="no layer groups"):
+        freeze(other, 1)
 
 
 def test_lite_weights_are_the_package_s_and_normalised_to_pm1():

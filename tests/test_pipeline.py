@@ -351,7 +351,7 @@ def test_a_begun_run_keeps_its_precision(data, tmp_path):
     assert "finished already" in train(data, tmp_path, "test_nfnet", 0, "--epochs", "1", "--precision", "auto").stdout
     args = json.loads((tmp_path / "test_nfnet" / "fold0" / "args.json").read_text())
     assert args["precision"] == args["embed_precision"] == "bf16"
-    del args["embed_precision"], args["check"]  # as an earlier version wrote it
+    del args["embed_precision"], args["freeze"], args["check"]  # as an earlier version wrote it
     (tmp_path / "test_nfnet" / "fold0" / "args.json").write_text(json.dumps(args))
     assert "finished already" in train(data, tmp_path, "test_nfnet", 0, "--epochs", "1", "--precision", "auto").stdout
     refused = train(data, tmp_path, "test_nfnet", 0, "--epochs", "1", "--precision", "fp16", code=2)
@@ -500,6 +500,7 @@ def test_original_weights_embed_and_retrieve_without_training(data, tmp_path):
     (("train.py", "--arch", "test_nfnet", "--fold", "0", "--lrr", "1"), "--lrr"),
     (("train.py", "--arch", "test_nfnet", "--fold", "0", "--clip", "hard"), "--clip hard"),
     (("train.py", "--arch", "test_nfnet", "--fold", "0", "--crop", "2"), "--crop must be 0..1"),
+    (("train.py", "--arch", "test_nfnet", "--fold", "0", "--weights", "none", "--freeze", "1"), "--freeze keeps pretrained"),
     (("train.py", "--arch", "test_nfnet", "--fold", "0", "--mixup", "1", "--cutmix", "1"), "exclude each other"),
     (("train.py", "--arch", "test_nfnet", "--fold", "0", "--weights", "none", "--pseudo", "no.csv"), "no.csv is not there"),
     (("train.py", "--arch", "test_nfnett", "--fold", "0", "--weights", "none"), "did you mean test_nfnet"),
