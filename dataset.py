@@ -1,4 +1,4 @@
-"""The CSVs of design's contract, folds, reading of images, the cache of decoded ones, transforms, loaders.
+"""The CSVs, folds, reading of images, the cache of decoded ones, transforms, loaders.
 
     train.csv               path,label[,group]    paths relative to the CSV's folder; labels are any text
     sample_submission.csv   filename,prediction   files lie in test/
@@ -169,10 +169,10 @@ def read_solution(folder, filenames):
     return table.loc[list(filenames)].to_numpy()
 
 
-def read_pseudo(path, least, classes):
+def read_pseudo(path, least, classes, outside=False):
     """Rows of a confidence.csv with that much confidence or more: DataFrame filename, number (of the predicted class)."""
     table = read_csv(path, ["filename", "prediction", "confidence"])
-    inside(table, "filename", path)
+    inside(table, "filename", path, outside)
     written = Path(path).with_name("expected.json")
     if written.exists() and load_json(written).get("confidence_csv", digest := file_fingerprint(path)) != digest:
         raise InputError(f"{path} is not what scripts/expect.py wrote with {written.name}; run it again, or give a copy of "
@@ -282,10 +282,12 @@ def load_folds(output, train, folds=None, seed=9999, by=None, features=None):
     is written where there is none yet: the first run does so. by: 'random', 'group', 'look', or None: by group where
     train.csv has them, else at random. features: function that gives the features [N, D] that tell looks apart."""
     path = Path(output) / "folds.csv"
+    if folds and by is None and "group" in train.columns:
+        by = "group"
     if folds and not path.exists():
         with lock(output, wait=True):  # runs may start side by side
             if not path.exists():
-                write_folds(path, train, folds, seed, by or ("group" if "group" in train.columns else "random"), features)
+                write_folds(path, train, folds, seed, by or "random", features)
     table = read_csv(path, ["path", "label", "fold"])
     if "check" in table.columns and (table["check"] != folds_check(table)).any():
         raise InputError(f"{path} is damaged, or was changed by hand; delete it and run train.py again, which draws the same "
@@ -513,7 +515,9 @@ def check_inputs(args, full=False):
     """Check every image that is to be read, and the solution if there is one: known before the work, not after it."""
     if args.skip_bad_images:
         skip_bad_images(args)
-    train, test, hint = load_train(args), load_test(args), ", or do without them by --skip-bad-images"
+    train, test, listed = load_train(args), load_test(args), Path(args.output) / "bad_images.csv"
+    hint = f", or delete {listed}, which" if listed.exists() else ", or do without them: --skip-bad-images"
+    hint += " was written before they broke, and list them anew by --skip-bad-images" * listed.exists()
     check_images(args.input, train["path"], full, hint)
     if test is not None:
         check_images(Path(args.input) / "test", test["filename"], full, hint)

@@ -17,6 +17,7 @@ from pathlib import Path
 from utils import (
     InputError,
     Store,
+    accuracy,
     autocast,
     duration,
     file_fingerprint,
@@ -249,10 +250,20 @@ def import_weights(args, folder, train):
     if part not in ("body", "all"):
         raise InputError(f"--weights {args.weights} brings no neck, so there is no embedding to extract; give a whole "
                          "checkpoint, or train one with train.py")
+    if part == "all" and all(label.isdecimal() for label in classes):  # numbers were sorted as numbers there, here as text
+        model.head.weight.data = model.head.weight.data[np.argsort(np.argsort([int(label) for label in classes]))]
     print(said)
     save_json(folder / "args.json", stamp)
     save_checkpoint(folder / "best.pt", {"model": model.state_dict(), "classes": classes, "args": stamp, "epoch": 0,
                                          "head_fits": part == "all"})
+
+
+@torch.inference_mode()
+def knows(head, embedded, labels):
+    """Whether a head gives most of the embedded images [N, 512] their class [N], as one does that was trained on them."""
+    given = [head(torch.from_numpy(part).to(head.weight.device)).argmax(1).cpu().numpy()
+             for part in np.array_split(embedded, -(-len(embedded) // 4096))]
+    return accuracy(np.concatenate(given), labels) > 0.5
 
 
 def sizes_fingerprint(root, train, test):
@@ -316,6 +327,10 @@ def extract(folder, args, train, test, device, first, cache):
                                 store=lambda size, pieces=pieces: Store(pieces / str(size), key))
         if first:
             save_npy(folder / f"{split}.npy", embedded)
+        if split == "train" and head and stored["epochs"] == 0 and not knows(model.head, embedded, encode(train["label"])[1]):
+            stamp["head"] = None
+            print(f"{folder}: the checkpoint's head names most training images wrongly, so its classes are others, or in "
+                  "another order: the votes with the head fall away")
     if first:
         save_npy(folder / "head.npy", model.head.weight.detach().float().cpu().numpy())
         save_json(stamp_file, stamp | {"files": {name: file_fingerprint(folder / name) for name in names}})

@@ -298,15 +298,22 @@ def strangeness(runs, found, device):
     return count / (1 + sum(map(len, found.values())))
 
 
-def left_out(output):
-    """The strangeness of products that no run trained on, by scripts/leave_out.py; None where it did not run, or for runs of
-    another recipe."""
+def embedding_of(stamp):
+    """What of an extract.json changes the embeddings of a checkpoint."""
+    return [stamp[key] for key in ("sizes", "gem_p", "adapt_bn", "resize")]
+
+
+def left_out(output, train):
+    """The strangeness of products that no run trained on, by scripts/leave_out.py; None where it did not run, or for other
+    training images, runs of another recipe or otherwise embedded."""
     file = Path(output) / LEFT_OUT
     if not file.exists():
         return None
     left = load_json(file)
-    recorded = {name: Path(output) / name / "args.json" for name in left["recipes"]}
-    same = all(path.exists() and load_json(path) == left["recipes"][name] for name, path in recorded.items())
+    same = left.get("train") == train_fingerprint(train)
+    for name, recipe in left["recipes"].items():
+        args, stamp = (Path(output) / name / file for file in ("args.json", "extract.json"))
+        same = same and args.exists() and load_json(args) == recipe and embedding_of(load_json(stamp)) == left["embedded"][name]
     return np.array(left["strangeness"]) if same else None
 
 
@@ -325,7 +332,7 @@ def reject(runs, grown, train, classes, numbers, args, device):
     number = {label: i for i, label in enumerate(classes)}
     own = np.array([number.get(label, -1) for label in train["label"]])
     found = strangers(runs, grown, load_folds(args.output, train), own, numbers, args.output, device)
-    strange, unseen = strangeness(grown, found, device), left_out(args.output)
+    strange, unseen = strangeness(grown, found, device), left_out(args.output, train)
     if unseen is None:
         print("the rate of --reject is that of products which the runs trained on; that of new ones is higher: "
               "scripts/leave_out.py measures by how much, and corrects it", file=sys.stderr)
@@ -363,6 +370,8 @@ def retrieve(args, device, train, test):
                 train[["path", "label"]].assign(fold=fold, prediction=names[said[vote]]).to_csv(temporary, index=False)
     wanted = list(dict.fromkeys([*fitting(grown, DEFAULT_VOTES), vote]))
     if test is not None:
+        whole = read_test(args.input, args.allow_outside)
+        truth = read_solution(args.input, whole["filename"])
         begun = Path(args.output) / "search"
         key = fingerprint([(args.k, stamps_of(grown))])
         store = Store(begun, key) if first else None
@@ -370,7 +379,7 @@ def retrieve(args, device, train, test):
         strange = reject(runs, grown, train, classes, numbers, args, device) if args.reject else np.zeros(len(test), bool)
         if not first:
             return scores
-        good, test = test, read_test(args.input, args.allow_outside)  # an image in bad_images.csv gets the most frequent label
+        good, test = test, whole  # an image in bad_images.csv gets the most frequent label
         said = {name: with_bad(test, good, own, np.bincount(numbers).argmax()) for name, own in said.items()}
         strange, similarity = with_bad(test, good, strange, False), with_bad(test, good, similarity, 0)
         index = with_bad(test, good, gallery.index.to_numpy()[index], -1)
@@ -380,7 +389,7 @@ def retrieve(args, device, train, test):
         (Path(args.output) / "confidence.csv").unlink(missing_ok=True)  # of the former submission; expect.py writes it anew
         with atomic(Path(args.output) / "submission.csv") as temporary:
             test.assign(prediction=prediction).to_csv(temporary, index=False)
-        truth = read_solution(args.input, test["filename"])
+        scores["submission"] = file_fingerprint(Path(args.output) / "submission.csv")
         if truth is not None:
             number = {label: i for i, label in enumerate(classes)}
             true = np.array([number.get(label, -2) for label in truth])

@@ -6,16 +6,16 @@
 #   bash run_all.sh --demo                        makes a demo data set first; minutes on two CPU cores
 #   bash run_all.sh --archs "nfnet_l0" --folds "0 1" --epochs 10 --size 224 --input input/mine --output output/mine
 #
-# --archs and --folds list the runs; --input, --output name the folders; --rounds 2 trains once more, in output/round2, with
-# the confident test images of the first round; --cards "0 2" takes these cards only (default all, or CUDA_VISIBLE_DEVICES),
-# --cards "cpu cpu" takes two runs at a time to the processor, each with half of its cores;
+# --archs and --folds list the runs (default all folds, of --n-folds); --input, --output name the folders; --rounds 2 trains once
+# more, in output/round2, with the confident test images of the first round; --cards "0 2" takes these cards only (default all,
+# or CUDA_VISIBLE_DEVICES), --cards "cpu cpu" takes two runs at a time to the processor, each with half of its cores;
 # --folds-only draws the demo and the folds and stops; every other flag goes to train.py (--allow-outside to all
 # scripts; --workers, --[no-]cache, --cache-size and --deterministic to extract.py, too).
 set -uo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")" || exit 2
 
 ARCHS="nfnet_l0 tf_efficientnet_b1.ns_jft_in1k"
-FOLDS="0 1 2 3 4"
+FOLDS= N_FOLDS=5
 INPUT=input
 OUTPUT=output
 ROUNDS=1
@@ -40,6 +40,8 @@ while (($#)); do
         --archs|--folds|--input|--output|--rounds|--cards)
             [[ -n ${2:-} ]] || { echo "error: $1 needs a value" >&2; exit 2; }
             name=${1#--}; declare "${name^^}=$2"; shift ;;
+        --n-folds) TRAIN+=("$1" "${2:-}"); N_FOLDS=${2:-}; shift ;;
+        --n-folds=*) TRAIN+=("$1"); N_FOLDS=${1#*=} ;;
         --device) DEVICE=(--device "${2:-}"); shift ;;
         --allow-outside) TRAIN+=("$1") SCRIPTS+=("$1") ;;
         --deterministic|--cache|--no-cache|--workers=*|--cache-size=*) TRAIN+=("$1") EXTRACT+=("$1") ;;
@@ -51,7 +53,8 @@ while (($#)); do
     esac
     shift
 done
-archs=($ARCHS) folds=($FOLDS)
+[[ $N_FOLDS =~ ^[1-9][0-9]*$ ]] || { echo "error: --n-folds $N_FOLDS: give 2, 3, ..." >&2; exit 2; }
+archs=($ARCHS) folds=(${FOLDS:-$(seq 0 $((N_FOLDS - 1)))})
 [[ ${BASH_SOURCE[0]} == "$0" ]] || return 0  # scripts/slurm.sh reads its flags here
 
 if [[ -z $DEMO && ! -f $INPUT/train.csv ]]; then
@@ -66,12 +69,12 @@ exec 9> "$OUTPUT/.run_all.lock"
 flock -n 9 || { echo "error: another run_all.sh is at work on $OUTPUT; wait for it or stop it" >&2; exit 2; }
 
 cards=(${CARDS//,/ })  # those that train side by side, a run at a time on each
+[[ $CARDS || -z ${CUDA_VISIBLE_DEVICES-} ]] && export CUDA_DEVICE_ORDER=PCI_BUS_ID  # nvidia-smi's numbers
 if [[ -z $CARDS && -z ${DEVICE[*]} ]]; then
     found=${CUDA_VISIBLE_DEVICES-$(nvidia-smi -L 2> /dev/null | sed -n 's/^GPU \([0-9]*\):.*/\1/p')}
     cards=(${found//,/ })
     ((${#cards[@]} > 1)) || cards=()
 fi
-export CUDA_DEVICE_ORDER=PCI_BUS_ID  # nvidia-smi's numbers
 if ((${#cards[@]} > 1)); then
     workers=$(($(nproc) / ${#cards[@]}))
     threads=${OMP_NUM_THREADS:-$((workers > 1 ? workers : 1))}
@@ -92,7 +95,7 @@ stage() {
     wait "$child"; code=$?
     child=
     finish_log
-    echo "$name,$(((SECONDS - start) / beside))" >> "$OUTPUT/times.csv"
+    echo "$name,$(((SECONDS - start) / beside))" >> "$out/times.csv"
     return $code
 }
 finish_log() { exec {pipe}>&-; wait "$copy"; sed -i 's/.*\r//' "$log"; }  # all is printed and logged; no bars in the log
@@ -119,7 +122,7 @@ finish() {  # wait until a run ends: a failure is noted, its card is free
     wait -n "${!run_of[@]}"
     for pid in "${!run_of[@]}"; do
         kill -0 "$pid" 2> /dev/null && continue
-        wait "$pid" || { failed+=("${run_of[$pid]}"); echo "FAILED: ${failed[-1]}" >&2; }
+        wait "$pid" || { broken=1 failed+=("${run_of[$pid]}"); echo "FAILED: ${failed[-1]}" >&2; }
         free+=("${card_of[$pid]}")
         unset "run_of[$pid]" "card_of[$pid]"
     done
@@ -131,9 +134,9 @@ stop() {
 }
 trap stop INT TERM
 
-start=$SECONDS
+start=$SECONDS out=$OUTPUT
 . scripts/setup.sh
-echo "set-up,$((SECONDS - start))" >> "$OUTPUT/times.csv"
+echo "set-up,$((SECONDS - start))" >> "$out/times.csv"
 if [[ -n $DEMO ]]; then
     stage "demo data" "$OUTPUT/make_demo.log" "$PYTHON" scripts/make_demo.py "$INPUT" --classes 20 --test-per-class 15 || exit
 fi
@@ -144,11 +147,11 @@ if [[ $FOLDS_ONLY || (${#cards[@]} -gt 1 && ! -f $OUTPUT/folds.csv) ]]; then  # 
     [[ $FOLDS_ONLY ]] && exit
 fi
 
-failed=()
+failed=() broken=
 for ((round = 1; round <= ROUNDS; round++)); do
     out=$OUTPUT pseudo=()
     if ((round > 1)); then
-        ((${#failed[@]})) && break
+        [[ $broken ]] && break
         [[ -f $before/confidence.csv ]] || { failed+=("round $round: no $before/confidence.csv, no run held images out"); break; }
         pseudo=(--pseudo "$before/confidence.csv") out=$OUTPUT/round$round
         mkdir -p "$out" && cp "$OUTPUT/folds.csv" "$out/" || exit 2
@@ -163,7 +166,7 @@ for ((round = 1; round <= ROUNDS; round++)); do
         name=$(basename "$script" .py) flags=("${DEVICE[@]}" "${SCRIPTS[@]}")
         [[ $script != extract.py ]] || flags+=("${EXTRACT[@]}")
         stage "$name" "$out/$name.log" "$PYTHON" "$script" --input "$INPUT" --output "$out" "${flags[@]}" ||
-            { failed+=("$script: see $out/$name.log"); [[ $script == scripts/* ]] || break; }
+            { failed+=("$script: see $out/$name.log"); [[ $script == scripts/* ]] || { broken=1; break; }; }
     done
     before=$out
 done

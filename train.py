@@ -14,6 +14,7 @@ import json
 import math
 import os
 import time
+from pathlib import PurePosixPath
 
 from utils import (
     InputError,
@@ -137,6 +138,7 @@ def parse_args(argv=None):
     args = parser.parse_args(argv)
     if args.fold != "all" and not (args.fold.isdecimal() and int(args.fold) < args.n_folds):
         parser.error(f"--fold {args.fold}: give 0 .. {args.n_folds - 1}, or all")
+    args.fold = args.fold if args.fold == "all" else str(int(args.fold))
     args.test_size = args.test_size or [args.size]
     for name in ("size", "epochs", "batch_size", "grad_accum", "eval_every", "eval_batch_size", "sub_centres"):
         if getattr(args, name) < 1:
@@ -285,6 +287,8 @@ def record_arguments(folder, args, device):
     effective = {name: value for name, value in vars(args).items() if name not in MACHINE}
     effective = json.loads(json.dumps(effective))  # no two values one object: a checkpoint's pickle would tell, after a resume
     if recorded:
+        if recorded.get("pseudo") and args.pseudo:  # another path; load_last compares what it says
+            effective["pseudo"] = recorded["pseudo"]
         differ = [f"--{k.replace('_', '-')} {recorded.get(k)} (now {effective.get(k)})"
                   for k in sorted(recorded.keys() | effective.keys()) if recorded.get(k) != effective.get(k)]
         if differ:
@@ -379,9 +383,10 @@ def choose_images(args, train, fold, classes, labels):
     outside = np.setdiff1d(np.arange(len(train)), inside)
     paths, truth = train["path"].to_numpy(), labels
     if args.pseudo:
-        extra = read_pseudo(args.pseudo, args.pseudo_min, classes)
+        extra = read_pseudo(args.pseudo, args.pseudo_min, classes, args.allow_outside)
         extra = extra[~extra["filename"].isin(bad_images(args.output, "test"))]
-        paths, truth = np.append(paths, "test/" + extra["filename"]), np.append(labels, extra["number"])
+        names = [str(PurePosixPath("test", name)) for name in extra["filename"]]
+        paths, truth = np.append(paths, names), np.append(labels, extra["number"])
     stamps = {"train": train_fingerprint(pd.DataFrame({"path": paths, "label": truth})),
               "held_out": train_fingerprint(train.iloc[outside])}
     return paths, truth, np.append(inside, np.arange(len(train), len(paths))), inside, outside, stamps

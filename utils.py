@@ -114,7 +114,8 @@ def run(main):
         if error.filename is None and error.errno is None:  # one that a loader's process has met, in its words
             said, code = traceback.format_exc().rstrip(), 1
     except torch.OutOfMemoryError as error:
-        said = f"error: {str(error).partition('. ')[0]}; compute a batch in parts (train.py: --grad-accum 2, with --restart)"
+        said = (f"error: {str(error).partition('. ')[0]}; compute a batch in parts (train.py: --grad-accum 2; for a run that "
+                "has finished an epoch with --restart, too)")
         code = 2
     except KeyboardInterrupt:
         signal.signal(signal.SIGTERM, signal.SIG_IGN)  # schedulers send it to all processes of a job and to its shell again
@@ -193,6 +194,8 @@ def pick_device(name="auto", deterministic=False):
         name = f"cuda:{os.environ['LOCAL_RANK']}"
     try:
         device = torch.device(name)
+        if device.index is not None and device.type == "cuda":
+            torch.cuda.set_device(device)  # else threads of PyTorch's own open the first card, too
         torch.ones(1, device=device).add(1).item()  # a card that this build has no code for fails here
     except RuntimeError as error:
         raise InputError(f"--device {name}: {str(error).partition(chr(10))[0]}") from None

@@ -238,7 +238,7 @@ def label(queries, gallery, labels, classes, heads, args, wanted, device, scratc
     if "recentring" in wanted:
         result["recentring"] = recentring(queries, gallery, labels, classes, args.temperature).argmax(1).numpy()
     if "centring" in wanted:
-        both = mean_row(queries, gallery) if args.centre == "joint" else None
+        both = mean_row(queries, gallery) if args.centre == "joint" or len(queries) == 1 else None
         result["centring"] = nearest_of(*(centred(x, mean_row(x) if both is None else both, changed(name, x))
                                           for name, x in [("q", queries), ("g", gallery)]))
     if "expansion" in wanted:

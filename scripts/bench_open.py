@@ -120,7 +120,7 @@ def growth(runs, known, rows, added, trained, truth, args, device):
 
 def main():
     args = parse_args()
-    device, output = pick_device(args.device), Path(args.output)
+    output = Path(args.output)
     test, labels = read_test(args.input), read_train(args.input)["label"]
     truth = read_solution(args.input, test["filename"])
     if truth is None:
@@ -128,11 +128,12 @@ def main():
     if args.classes > labels.nunique() - 2:
         raise InputError(f"--classes {args.classes} of {labels.nunique()}: two or more must be left in")
     source = output / "known" / "input"
-    rows = without(args.input, source, draw(labels, args.classes, args.seed), test=True)
+    rows = without(args.input, read_train(args.input), source, draw(labels, args.classes, args.seed), test=True)
     for fold in args.folds:
         recipe = RECIPE | {"arch": args.arch, "size": args.size, "fold": fold}
-        train_again(recipe, source, output / "known", args.device)
-        train_again(recipe, args.input, output / "all", args.device)
+        train_again(recipe, source, output / "known", args)
+        train_again(recipe, args.input, output / "all", args)
+    device = pick_device(args.device)
 
     names = [str(run_folder("", args.arch, fold)) for fold in args.folds]
     known = read_train(source)

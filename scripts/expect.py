@@ -100,6 +100,8 @@ def own_looks(arrays, labels, part, looks, seed):
 def known_looks(output, train, fold):
     """What tells a class's looks apart [N]: the folds where they were drawn by look, the groups where by group; or None."""
     by = folds_by(output)
+    if by == "group" and "group" not in train.columns:
+        raise InputError(f"{output}/folds.csv was drawn by group, and train.csv has no column 'group' now; put it back")
     return fold if by == "look" else np.array(encode(train["group"])[1]) if by == "group" else None
 
 
@@ -299,6 +301,8 @@ def submitted(args, test, trained, classes, grown):
     scores = load_json(output / "scores.json", vote=str)
     table = read_csv(output / "submission.csv", ["filename", "prediction"])
     table = table[table["filename"].isin(test["filename"])].reset_index(drop=True)  # less those in bad_images.csv
+    if scores.get("submission") != file_fingerprint(output / "submission.csv"):
+        raise InputError(f"{output}/submission.csv is not what retrieve.py wrote with scores.json; run retrieve.py again")
     if scores.get("stamps") != stamps_of(grown) or not table["filename"].equals(test["filename"]):
         raise InputError(f"{output}/submission.csv is of other runs, embeddings or images than there are now; run retrieve.py "
                          "again")
@@ -309,12 +313,17 @@ def submitted(args, test, trained, classes, grown):
     return scores["vote"], table["prediction"].map(number).fillna(-1).to_numpy(np.int64), held
 
 
+def forget(output):
+    """Delete an earlier expectation: from here on it is none of these test images."""
+    for name in ("confidence.csv", "expected.json"):
+        (Path(output) / name).unlink(missing_ok=True)
+
+
 def main():
     args = parse_args()
     device = pick_device(args.device)
-    for name in ("confidence.csv", "expected.json"):
-        (Path(args.output) / name).unlink(missing_ok=True)
     if not has_test(args.input):
+        forget(args.output)
         print("no test images, nothing to expect")
         return
     train, good, test = load_train(args), load_test(args), read_test(args.input, args.allow_outside)
@@ -324,6 +333,7 @@ def main():
     grown, gallery = grow(runs, args.output, train)
     (trained, labels), (classes, numbers) = encode(train["label"]), encode(gallery["label"])
     vote, said, held = ("nearest", None, None) if nearest else submitted(args, good, trained, classes, grown)
+    forget(args.output)
     if not any(str(r["fold"]).isdecimal() for r in runs):
         print("no run held images out, so nothing is known of the accuracy to expect; train runs of folds, not of 'all'")
         return

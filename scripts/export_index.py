@@ -31,7 +31,7 @@ import numpy as np
 from summary import table as markdown
 
 from dataset import load_test, load_train, train_fingerprint
-from retrieve import load_runs
+from retrieve import grow, load_runs
 from search import Joined, topk
 from votes import blocks
 
@@ -258,7 +258,8 @@ def main():
     device = pick_device(args.device)
     train = load_train(args)
     test = load_test(args)
-    runs = load_runs(args.output, args.runs, train, test)
+    runs, train = grow(load_runs(args.output, args.runs, train, test), args.output, train)
+    train = train.reset_index(drop=True)
     gallery = Joined([r["train"] for r in runs])
     if test is None:
         own = some(len(train), args.n)

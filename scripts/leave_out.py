@@ -18,9 +18,9 @@ from utils import InputError, atomic, load_json, pick_device, run, save_json, sc
 
 import numpy as np
 
-from dataset import encode, load_folds, read_train
+from dataset import encode, load_folds, load_train, read_train, train_fingerprint
 from extract import embed_files, finished_runs, run_folder
-from retrieve import LEFT_OUT, load_runs, strangeness, strangers
+from retrieve import LEFT_OUT, embedding_of, load_runs, strangeness, strangers
 
 ROOT = Path(__file__).resolve().parent.parent
 NOT_REPEATED = {"pseudo", "pseudo_min"}  # pseudo-labels may be those of products left out
@@ -43,32 +43,33 @@ def draw(labels, count, seed):
     return np.sort(np.random.default_rng(seed).permutation(encode(labels)[0])[:count])
 
 
-def without(source, folder, left, test=False):
-    """Make `folder` the data folder `source` without the training images of the labels `left`, by links; `test`: with the test
-    images. Returns the rows of train.csv that are left out."""
+def without(source, train, folder, left, test=False):
+    """Make `folder` the data folder `source`, of the images in `train`, without those of the labels `left`, by links; `test`:
+    with the test images. Returns the rows of `train` that are left out."""
     folder.mkdir(parents=True, exist_ok=True)
     kept_back = {"train.csv"} if test else {"train.csv", "sample_submission.csv", "solution.csv"}
     for entry in Path(source).absolute().iterdir():
         link = folder / entry.name
         if entry.name not in kept_back and not entry.name.startswith(".") and not link.is_symlink():
             link.symlink_to(entry)
-    train = read_train(source)
     out = train["label"].isin(left)
     with atomic(folder / "train.csv") as temporary:
         train[~out].to_csv(temporary, index=False)
     return train[out]
 
 
-def train_again(recorded, source, output, device):
+def train_again(recorded, source, output, args):
     """Train and extract a run of the recorded arguments (args.json), on another data folder."""
-    flags = ["--input", source, "--output", output, "--device", device]
+    flags = ["--input", source, "--output", output, "--device", args.device, *["--allow-outside"] * args.allow_outside]
+    shared = len(flags)
     for name, value in recorded.items():
         flag = name.replace("_", "-")
         if isinstance(value, bool):
             flags.append(f"--{flag}" if value else f"--no-{flag}")
         elif value is not None and name not in NOT_REPEATED:
             flags += [f"--{flag}", *(value if isinstance(value, list) else [value])]
-    for command in (["train.py", *flags], ["extract.py", *flags[:6], "--arch", recorded["arch"], "--fold", recorded["fold"]]):
+    run_ = ["--arch", recorded["arch"], "--fold", recorded["fold"]]
+    for command in (["train.py", *flags], ["extract.py", *flags[:shared], *run_]):
         done = subprocess.run([sys.executable, ROOT / command[0], *map(str, command[1:])])
         if done.returncode:
             raise InputError(f"{command[0]} on {source} failed, see above; the same command goes on from there")
@@ -76,7 +77,7 @@ def train_again(recorded, source, output, device):
 
 def main():
     args = parse_args()
-    device, output = pick_device(args.device), Path(args.output)
+    output, train = Path(args.output), load_train(args)
     folders = [output / name for name in args.runs] if args.runs else finished_runs(output)
     recipes = [load_json(folder / "args.json") for folder in folders]
     recipes = [r for r in recipes if str(r["fold"]).isdecimal()]  # these were trained here and held images out
@@ -84,13 +85,23 @@ def main():
         recipes = list({r["arch"]: r for r in reversed(recipes)}.values())
     if not recipes:
         raise InputError("no run was trained on folds; train one by train.py first, or name it by --runs")
-    labels = read_train(args.input)["label"]
-    source, beside = output / "left_out" / "input", output / "left_out"
-    rows = without(args.input, source, draw(labels, round(args.share * labels.nunique()), args.seed))
+    products = train["label"].nunique()
+    count = round(args.share * products)
+    if not 1 <= count <= products - 2:
+        raise InputError(f"--share {args.share} leaves out {count} of {products} products; give one that leaves one or more "
+                         "out and two or more in")
+    beside, stamp = output / "left_out", train_fingerprint(train)
+    source, drawn = beside / "input", {"train": stamp, "share": args.share, "seed": args.seed, "recipes": recipes}
+    if beside.exists() and load_json(beside / "drawn.json") != drawn:
+        raise InputError(f"{beside} is of other products, images or runs; delete it, it is made anew")
+    beside.mkdir(exist_ok=True)
+    save_json(beside / "drawn.json", drawn)
+    rows = without(args.input, train, source, draw(train["label"], count, args.seed))
     for recipe in recipes:
-        train_again(recipe, source, beside, args.device)
+        train_again(recipe, source, beside, args)
+    device = pick_device(args.device)
 
-    train = read_train(source)
+    train = read_train(source, args.allow_outside)
     names = [str(run_folder(beside, r["arch"], r["fold"]).relative_to(beside)) for r in recipes]
     runs = load_runs(beside, names, train, None)
     numbers = encode(train["label"])[1]
@@ -99,6 +110,7 @@ def main():
         r["test"] = embed_files(beside / r["name"], args.input, rows["path"], device)
     strange = np.sort(strangeness(runs, found, device))
     save_json(output / LEFT_OUT, {"labels": sorted(set(rows["label"])), "recipes": dict(zip(names, recipes, strict=True)),
+                                  "train": stamp, "embedded": {r["name"]: embedding_of(r["stamp"]) for r in runs},
                                   "strangeness": strange.tolist()})
     print(f"of {len(rows)} photographs of {rows['label'].nunique()} products that no run trained on, a share of "
           f"{(strange <= 0.05).mean():.3f} is as similar to the gallery as 0.05 of the others; --reject allows for it now")

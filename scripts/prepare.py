@@ -77,7 +77,8 @@ def products10k(source, args):
     def rows(name, folder):
         table = read_table(source / name)
         path = folder + "/" + column(table, "name", source / name)
-        return pd.DataFrame({"path": path, "label": column(table, "class", source / name), "group": table.get("group", "")})
+        rows = pd.DataFrame({"path": path, "label": column(table, "class", source / name)})
+        return rows.assign(group=table["group"]) if "group" in table.columns else rows
 
     test = next((n for n in ("test_kaggletest.csv", "test.csv") if (source / n).exists()), "test_kaggletest.csv")
     return source, rows("train.csv", "train"), rows(test, "test")[["path", "label"]]
@@ -101,7 +102,8 @@ def folders(source, args):
     table = tree(source, "")
     order = np.random.default_rng(args.seed).permutation(len(table))
     place = table.iloc[order].groupby("label").cumcount().reindex(table.index)
-    test = place < (args.test_share * table.groupby("label")["path"].transform("size")).round()
+    size = table.groupby("label")["path"].transform("size")
+    test = place < (args.test_share * size).round().clip(upper=size - 1)  # one at least stays to train with
     return source, table[~test].reset_index(drop=True), table[test].reset_index(drop=True)
 
 
@@ -111,6 +113,8 @@ def tree(source, split):
     files = sorted(p for p in base.glob("*/**/*") if p.suffix.lower() in SUFFIXES and not p.name.startswith("._"))  # macOS
     if not files:
         raise InputError(f"{base} holds no folders of images ({', '.join(sorted(SUFFIXES))})")
+    if odd := [p for p in files if any("\ud800" <= character <= "\udfff" for character in str(p))]:
+        raise InputError(f"{odd[0]}: its name is no UTF-8, which a CSV cannot hold; rename it")
     return pd.DataFrame({"path": [p.relative_to(source).as_posix() for p in files],
                          "label": [p.relative_to(base).parts[0] for p in files]})
 
@@ -129,14 +133,19 @@ def place(source, output, train, test, copy):
     """Links OUT/images and OUT/test to SRC, or copies of the images."""
     for name, table in (("images", train), ("test", test)):
         target = output / name
+        link = target.is_symlink()
+        if (copy or target.resolve() != source) if link else (target.exists() and not copy):
+            raise InputError(f"{target} is there already, of another SRC or with --copy; delete {output}, or give another "
+                             "--output")
         if not copy:
-            if not target.is_symlink() and not target.exists():
+            if not link:
                 target.symlink_to(source)
             continue
         for path in progress(table["path"], f"copying {name}"):
             (target / path).parent.mkdir(parents=True, exist_ok=True)
-            if not (target / path).exists():
-                shutil.copy(source / path, target / path)
+            old, new = (folder / path for folder in (target, source))
+            if not old.exists() or (old.stat().st_size, old.stat().st_mtime) != (new.stat().st_size, new.stat().st_mtime):
+                shutil.copy2(new, old)
 
 
 def save(table, path):

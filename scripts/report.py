@@ -170,7 +170,7 @@ def main():
         sure = sure[sure["filename"].isin(table["filename"])].reset_index(drop=True)
         if sure["filename"].equals(table["filename"]):  # expect.py --runs: another label may be meant
             agree = sure["prediction"] == table["prediction"]
-            table["confidence"] = pd.to_numeric(sure["confidence"]).where(agree)
+            table["confidence"] = pd.to_numeric(sure["confidence"], errors="coerce").where(agree)
     chosen = choose(table, args.most, args.seed)
     shown = np.unique(index[chosen])  # the neighbours are named by the index of `gallery`
     place = {row: i for i, row in enumerate(shown)}

@@ -18,6 +18,7 @@ flags=() options=()
 while (($#)) && [[ $1 != -- ]]; do
     case $1 in
         --partition) options+=(--partition "${2:-}"); shift ;;
+        --partition=*) options+=("$1") ;;
         *) flags+=("$1") ;;
     esac
     shift
@@ -35,12 +36,12 @@ submit() {  # submit NAME SBATCH-OPTIONS -- COMMAND...: prints the job's number
     while shift; [[ $1 != -- ]]; do own+=("$1"); done
     number=$(sbatch --parsable --job-name "$name" --requeue --signal B:USR1@60 --output "$OUTPUT/slurm/$name-%j.log" \
         --open-mode append "${options[@]}" --chdir "$PWD" --kill-on-invalid-dep yes "${own[@]}" \
-        scripts/slurm_job.sh "$OUTPUT" "$ARCHS" "$FOLDS" "${@:2}") && echo "${number%%;*}"
+        scripts/slurm_job.sh "$OUTPUT" "$ARCHS" "${folds[*]}" "${@:2}") && echo "${number%%;*}"
 }
 begin=$(submit folds -- bash run_all.sh --folds-only "${flags[@]}") || exit
 array=$(submit train --array "0-$((${#archs[@]} * ${#folds[@]} - 1))" --dependency "afterok:$begin" -- \
-    "$PYTHON" train.py --input "$INPUT" --output "$OUTPUT" "${DEVICE[@]}" "${TRAIN[@]}") || exit
-end=$(submit retrieve --dependency "afterok:$begin,afterany:$array" -- bash run_all.sh "${flags[@]}") || exit
+    "$PYTHON" train.py --input "$INPUT" --output "$OUTPUT" "${DEVICE[@]}" "${TRAIN[@]}") || { scancel "$begin"; exit 1; }
+end=$(submit retrieve --dependency "afterok:$begin,afterany:$array" -- bash run_all.sh "${flags[@]}") || { scancel "$begin" "$array"; exit 1; }
 
 echo "submitted: $begin checks the data and draws the folds, $array trains (${#archs[@]} x ${#folds[@]} runs), $end does the rest"
 echo "to follow: squeue --me; $OUTPUT/<arch>/fold<k>/train.log; the result: $OUTPUT/slurm/retrieve-$end.log"

@@ -16,7 +16,7 @@ import numpy as np
 import pandas as pd
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from utils import duration, pick_device, run, save_text, script_parser
+from utils import InputError, duration, load_json, pick_device, run, save_text, script_parser
 
 from dataset import encode, load_folds, load_test, load_train, read_solution, read_test, with_bad
 from retrieve import fitting, grow, label_oof, label_test, load_runs, score, scratch
@@ -65,6 +65,8 @@ def main():
     (trained, labels), (classes, numbers) = encode(train["label"]), encode(gallery["label"])
     number = {label: i for i, label in enumerate(classes)}
     votes = fitting(grown, args.votes)
+    if not votes:
+        raise InputError(f"--votes {' '.join(args.votes)}: all need runs whose head fits these classes; add sum")
     fold = load_folds(args.output, train) if (Path(args.output) / "folds.csv").exists() else None
 
     lines = []
@@ -80,6 +82,12 @@ def main():
         lines += [[title, split, *(f"{result[vote]:.4f}" for vote in votes)] for split, result in results if result]
     shutil.rmtree(scratch(args), ignore_errors=True)
     report = table(lines, ["accuracy", "images", *(NAMES.get(vote, vote) for vote in votes)])
+    submitted = Path(args.output) / "scores.json"
+    if submitted.exists() and not args.ensemble_only:
+        scores = load_json(submitted, vote=str)
+        got = [f"{split} {scores[key][scores['vote']]:.4f}" for key, split in [("oof", "out-of-fold"), ("test", "test")]
+               if scores.get(key) and scores["vote"] in scores[key]]
+        report += "\n\n" + ", ".join([f"the submission's labels are those of the vote {scores['vote']}", *got])
     report += "\n\nout-of-fold: each training image by those of the runs that did not train on it (one of each backbone)"
 
     times = Path(args.output) / "times.csv"

@@ -135,6 +135,8 @@ def test_folds_by_look_are_drawn_from_features_and_guarded(data, tmp_path):
         load_folds(tmp_path, train, 3, by="random")
     with pytest.raises(InputError, match="no column 'group'"):
         load_folds(tmp_path / "other", train, 3, by="group")
+    with pytest.raises(InputError, match="--fold-by look, not group"):
+        load_folds(tmp_path, train.assign(group=train["path"]), 3)  # the groups came later
 
 
 def test_mix_keeps_the_shares_it_says():

@@ -4,7 +4,7 @@ import json
 import shutil
 import sys
 
-from utils import load_json, save_json
+from utils import InputError, load_json, save_json
 
 import numpy as np
 import pandas as pd
@@ -53,6 +53,9 @@ def test_looks_are_known_where_folds_were_drawn_by_them(tmp_path, by, expected):
     train = pd.DataFrame({"path": list("abcd"), "label": list("xxyy"), "group": ["shop", "market", "market", "shop"]})
     train[["path", "label"]].assign(fold=[0, 1, 1, 0], by=by).to_csv(tmp_path / "folds.csv", index=False)
     known = expect.known_looks(tmp_path, train, np.array([0, 1, 1, 0]))
+    if by == "group":
+        with pytest.raises(InputError, match="put it back"):
+            expect.known_looks(tmp_path, train.drop(columns="group"), np.array([0, 1, 1, 0]))
     assert known is None if expected is None else known.tolist() == expected
 
 
@@ -174,8 +177,10 @@ def test_the_expectation_is_of_the_submitted_vote(data, output, tmp_path):
     assert json.loads((output / "expected.json").read_text())["vote"] == "head"
     held = pd.read_csv(output / "oof.csv", dtype=str).dropna()
     assert (held["prediction"] == held["label"]).mean() == pytest.approx(scores["oof"]["head"], abs=1e-4)
-    save_json(output / "scores.json", scores | {"stamps": "of embeddings before these"})
-    assert "retrieve.py again" in script("scripts/expect.py", "--input", data, "--output", output, code=2).stderr
+    for old in ({"stamps": "of embeddings before these"}, {"submission": "of one before this"}):
+        save_json(output / "scores.json", scores | old)
+        assert "retrieve.py again" in script("scripts/expect.py", "--input", data, "--output", output, code=2).stderr
+        assert (output / "confidence.csv").exists(), "what fails deletes nothing"
 
 
 def test_another_label_than_the_nearest_has_odds_of_its_own():

@@ -44,6 +44,17 @@ def test_an_exact_index_gives_the_exact_neighbours_with_paths_and_labels(data, o
     assert np.allclose(found[0], similarity, atol=1e-6) and (found[1] == index).mean() > 0.95, "ties may differ"
 
 
+def test_the_index_is_of_the_grown_gallery(data, output, tmp_path):
+    pytest.importorskip("faiss")
+    shutil.copytree(output, tmp_path / "o")
+    flags = ["--input", data, "--output", tmp_path / "o"]
+    script("scripts/add_products.py", "--remove", "bottle", *flags)
+    script("scripts/export_index.py", "--engine", "flat", *flags)
+    train = pd.read_csv(data / "train.csv", dtype=str)
+    rows = pd.read_csv(tmp_path / "o" / "index" / "flat" / "rows.csv", dtype=str)
+    assert rows["path"].tolist() == train["path"][train["label"] != "bottle"].tolist()
+
+
 def test_without_test_images_it_is_measured_on_training_images_less_themselves(data, output, tmp_path):
     pytest.importorskip("faiss")
     shutil.copytree(output, tmp_path / "o")

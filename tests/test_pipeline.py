@@ -255,6 +255,8 @@ def test_confident_test_images_join_a_second_round(data, tmp_path):
     assert count == [(fold != 0).sum() + 6, (fold != 1).sum()]
     again = ["--pseudo", str(tmp_path / "c.csv"), "--epochs", "1", "--pseudo-min"]
     assert "finished already" in train(data, tmp_path, "test_nfnet", 0, *again, "0.5").stdout
+    elsewhere = ["--pseudo", shutil.copy(tmp_path / "c.csv", tmp_path / "d.csv"), *again[2:]]
+    assert "finished already" in train(data, tmp_path, "test_nfnet", "00", *elsewhere, "0.5").stdout
     names.assign(prediction=names["label"], confidence=np.linspace(1, 0, 12)).to_csv(tmp_path / "c.csv", index=False)
     assert "of other training images or pseudo labels" in train(data, tmp_path, "test_nfnet", 0, *again, "0.5", code=2).stderr
 
@@ -478,21 +480,31 @@ def test_retrieve_refuses_what_does_not_belong_together(data, output, tmp_path):
     script("retrieve.py", "--input", data, "--output", tmp_path / "nowhere", code=2)
 
 
-def test_original_weights_embed_and_retrieve_without_training(data, tmp_path):
+def test_original_weights_embed_and_retrieve_without_training(tmp_path):
     from test_models import original_state
 
-    torch.save(original_state("test_nfnet", classes=4), tmp_path / "original.pth")
-    flags = ["--arch", "test_nfnet", "--fold", 0, "--weights", tmp_path / "original.pth", "--size", 32, "--precision", "fp32"]
-    script("extract.py", "--input", data, "--output", tmp_path / "o", *flags)
-    script("extract.py", "--input", data, "--output", tmp_path / "o", *flags)
-    script("retrieve.py", "--input", data, "--output", tmp_path / "o", "--vote", "fusion")
-    assert len(pd.read_csv(tmp_path / "o" / "submission.csv")) == 12
-    torch.save(original_state("test_nfnet", classes=9), tmp_path / "nine.pth")
-    flags[5], flags[3] = tmp_path / "nine.pth", 1
-    script("extract.py", "--input", data, "--output", tmp_path / "nine", *flags)
-    refused = script("retrieve.py", "--input", data, "--output", tmp_path / "nine", "--vote", "fusion", code=2)
-    assert "--vote sum" in refused.stderr
-    script("retrieve.py", "--input", data, "--output", tmp_path / "nine", "--vote", "sum")
+    numbers = ["2", "10", "1", "30"]  # sorted as numbers in the checkpoint, as text here
+    data = make_data(tmp_path / "data", numbers)
+    flags = ["--input", data, "--arch", "test_nfnet", "--fold", 0, "--size", 32, "--precision", "fp32"]
+
+    def extract(name, state):
+        torch.save(state, tmp_path / f"{name}.pth")
+        return script("extract.py", *flags, "--weights", tmp_path / f"{name}.pth", "--output", tmp_path / name).stdout
+
+    state = original_state("test_nfnet", classes=4)
+    assert "in another order" in extract("strange", state)
+    embedded = np.load(tmp_path / "strange/test_nfnet/fold0/train.npy").astype(np.float64)
+    labels = pd.read_csv(data / "train.csv", dtype=str)["label"].to_numpy()
+    wanted = labels[:, None] == sorted(numbers, key=int)
+    state["head.weight"] = torch.from_numpy((np.linalg.pinv(embedded) @ wanted).T).float()
+    assert "order" not in extract("original", state) and "up to date" in extract("original", state)
+    script("retrieve.py", "--input", data, "--output", tmp_path / "original", "--vote", "fusion")
+    assert len(pd.read_csv(tmp_path / "original" / "submission.csv")) == 12
+    extract("nine", original_state("test_nfnet", classes=9))
+    for name in ("strange", "nine"):
+        refused = script("retrieve.py", "--input", data, "--output", tmp_path / name, "--vote", "fusion", code=2)
+        assert "--vote sum" in refused.stderr
+        script("retrieve.py", "--input", data, "--output", tmp_path / name, "--vote", "sum")
 
 
 @pytest.mark.parametrize("command, message", [
@@ -564,6 +576,14 @@ def test_every_script_starts_and_the_readme_has_its_flags(path):
         listed |= {f"--{flag}" for flag in ("k", "power", "head-power", "mix", "graph-k", "alpha", "damping", "centre",
                                             "temperature", "screen", "memory")}
     assert shown <= listed, shown - listed
+
+
+def test_run_all_takes_the_folds_that_there_are():
+    for flags, folds in [((), "0 1 2 3 4"), (("--n-folds", "3"), "0 1 2"), (("--n-folds=3", "--folds", "1"), "1")]:
+        done = subprocess.run(["bash", "-c", '. ./run_all.sh "$@"; echo "${folds[*]}"', "", *flags], cwd=ROOT,
+                              capture_output=True, text=True)
+        assert done.stdout.strip() == folds
+    assert "--n-folds three" in run_all("--n-folds", "three", code=2).stderr
 
 
 def test_run_all_says_what_is_missing_and_refuses_a_second_copy(data, tmp_path):

@@ -76,6 +76,17 @@ def test_a_plain_tree_is_split_by_label_and_can_be_copied(tmp_path):
     assert not (tmp_path / "out" / "test").is_symlink()
     assert len(list((tmp_path / "out" / "test").rglob("*.jpg"))) == 4, "only the test images are copied there"
     assert read_image(tmp_path / "out" / "test" / test["filename"][0]).shape == (40, 48, 3)
+    other = (source / "b" / "deep" / "1.jpg").read_bytes() + b"another file"
+    (source / "a" / "deep" / "0.jpg").write_bytes(other)
+    prepared("folders", source, tmp_path, "--test-share", 0.4, "--copy")
+    (copied,) = (tmp_path / "out").glob("*/a/deep/0.jpg")
+    assert copied.read_bytes() == other
+    train, test = prepared("folders", source, tmp_path / "links", "--test-share", 0.99)
+    assert sorted(train["label"]) == list("ab") and len(test) == 8, "one of each is left to train with"
+    photos(tmp_path / "g", ["a/0.jpg", "b/0.jpg"])
+    for folder in ("out", "links/out"):
+        again = script("scripts/prepare.py", "folders", tmp_path / "g", "--output", tmp_path / folder, code=2)
+        assert "is there already" in again.stderr
 
 
 def test_the_wrong_data_set_is_a_sentence(tmp_path):

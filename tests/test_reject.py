@@ -13,6 +13,7 @@ import pytest
 from conftest import script
 
 import retrieve
+from dataset import read_train
 
 
 def unit(x):
@@ -111,12 +112,16 @@ def test_rejected_photographs_are_unknown(data, output):
     assert [by_name[name]["label"] for name in table["filename"]] == table["prediction"].tolist()
     assert all(by_name[name]["confidence"] is None for name in rejected[2])
     recipe = load_json(output / "test_nfnet" / "fold1" / "args.json")
-    left = {"recipes": {"test_nfnet/fold1": recipe}, "strangeness": [0.0] * 99}
+    stamp = load_json(output / "test_nfnet" / "fold1" / "extract.json")
+    left = {"recipes": {"test_nfnet/fold1": recipe}, "embedded": {"test_nfnet/fold1": retrieve.embedding_of(stamp)},
+            "train": stamp["train"], "strangeness": [0.0] * 99}
     (output / "left_out.json").write_text(json.dumps(left))
     assert "leave_out.py" not in script("retrieve.py", *flags, "--reject", 0.95).stderr
     assert (pd.read_csv(output / "submission.csv")["prediction"] == "unknown").all(), "all left out look known"
-    left["recipes"]["test_nfnet/fold1"]["lr"] = 9
-    (output / "left_out.json").write_text(json.dumps(left))
+    for other in ({"recipes": {"test_nfnet/fold1": recipe | {"lr": 9}}}, {"train": "of other images"},
+                  {"embedded": {"test_nfnet/fold1": [[64], None, False, "squash"]}}):
+        (output / "left_out.json").write_text(json.dumps(left | other))
+        assert retrieve.left_out(output, read_train(data)) is None
     assert "leave_out.py measures" in script("retrieve.py", *flags, "--reject", 0.95).stderr, "it was for another recipe"
     assert "--reject must be" in script("retrieve.py", *flags, "--reject", 1, code=2).stderr
 
@@ -136,6 +141,8 @@ def test_left_out_products_are_trained_without_and_measured(data, output, monkey
     recipes = [json.loads((folder / "test_efficientnet" / "fold0" / "args.json").read_text())
                for folder in (output, output / "left_out")]
     assert recipes[0] == recipes[1]
+    assert "leaves out 0 of 4" in script("scripts/leave_out.py", *flags, "--share", 0.1, code=2).stderr
+    assert "is of other products" in script("scripts/leave_out.py", *flags, "--seed", 1, code=2).stderr
 
 
 def test_a_product_of_the_name_unknown_and_runs_that_held_nothing_out_are_refused(data, output):

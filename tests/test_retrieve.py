@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from types import SimpleNamespace
 
 from utils import InputError
 
@@ -257,6 +258,14 @@ def test_centring_and_expansion_by_hand():
     assert got[0].tolist() == pytest.approx(QUERY[0] + 0.96**2 * UNIT[1] + 0.8**2 * UNIT[0])
 
 
+def test_centring_of_a_single_query_takes_the_joint_mean(tmp_path):
+    """By its own mean it would be zero, and as near to all."""
+    args = SimpleNamespace(k=2, centre="own", screen="auto", memory=None)
+    query = np.array([[0.1, 0.9]], np.float32)
+    said = votes.label(Joined([query]), Joined([UNIT]), np.arange(3), 3, None, args, ["centring"], "cpu", tmp_path)
+    assert said[0]["centring"].tolist() == [2]
+
+
 def test_propagation_equals_the_closed_form():
     """Zhou's fixed point (1 - a) (I - a S)^-1 Y on a small graph; and a chain hands a label on past a nearer class."""
     rng = np.random.default_rng(10)
@@ -288,7 +297,7 @@ def test_head_scores_are_cosines_or_probabilities():
     assert head_scores(x, w, "softmax")[0].tolist() == pytest.approx([np.exp(6) / (np.exp(6) + np.exp(20)), 1], abs=1e-6)
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU, and CUDA_VISIBLE_DEVICES that names it")
 def test_topk_on_the_gpu_equals_the_cpu():
     rng = np.random.default_rng(4)
     queries, gallery = rng.normal(size=(300, 64)).astype(np.float32), rng.normal(size=(900, 64)).astype(np.float32)
