@@ -1,13 +1,14 @@
 """The accuracy to expect on the test images, before their labels are known; and how likely each label is right.
 
-Two estimates:
-  agreement  How often two halves of the runs both give a test image this label, less what they would by chance. Needs no labels
+Two estimates, joined:
+  agreement  Whether two halves of the runs both give a test image this label, less what they would by chance. Needs no labels
              and sees any shift that confuses the runs; blind to errors that they share.
   evidence   Held-out images are labelled by the runs that did not train on them, against images of other looks only (a look
              is a cluster of alike images of a class). How often they are right at a given evidence is applied to the
-             evidence of the test images. Blind to a shift that changes more than the looks do.
-The agreement says how many are right. Which ones, both say: a label's confidence is their mean, once the evidence has the
-agreement's level. One run alone has only the evidence.
+             evidence of the test images. Sees errors that the runs share, on held-out images, too; blind to a shift that
+             changes more than the looks do.
+Where both halves give the label, the evidence counts; where one does or neither, a share of the accuracy on the whole. One run
+alone has only the evidence.
 It is for the labels of the submission, by whatever vote; before there is one, for those of the nearest image.
 
 Reads  what retrieve.py reads and, if it ran, what it writes
@@ -26,8 +27,7 @@ from utils import InputError, accuracy, atomic, file_fingerprint, load_json, pic
 import numpy as np
 import torch
 import torch.nn.functional as F
-from scipy.optimize import brentq
-from scipy.special import expit, logit
+from scipy.special import expit
 from sklearn.isotonic import IsotonicRegression
 from sklearn.linear_model import LogisticRegression
 from sklearn.model_selection import StratifiedKFold, cross_val_score
@@ -51,7 +51,7 @@ from search import Joined, topk
 NEIGHBOURS = 100  # looked at for the evidence: enough that several classes are among them
 LOOKS = 5  # a class is split into, where the folds are not by look
 SPLITS = 10  # of the runs into two halves
-LEAST_ERROR = 0.05  # half the interval at least, by the errors measured; see the README
+LEAST_ERROR = 0.05  # half the interval at least, by the errors measured; see RESULTS.md
 
 
 def parse_args():
@@ -193,32 +193,24 @@ def beyond_chance(votes, prior):
     return np.clip(1 - guessed * p * (p - prior) / agreed.clip(min=1e-12), 0, 1)
 
 
-def agreement(votes, said, kept):
-    """How likely the labels `said` [n] are right: the share of the splits in which both halves give this very label, times
-    what `beyond_chance` leaves of its class, `kept` [C]. Two independent trainings agree as often as one of them is right, as
-    far as together they know how sure to be: Jiang et al., Assessing generalization of SGD via disagreement, ICLR 2022."""
-    return (votes == said).all(1).mean(0) * kept[said]
+def agreement(votes, said, evidence, kept, runs, level=None):
+    """How likely the labels `said` [n] by so many `runs` are right, [n], and the `level`, their accuracy on the whole. Of the
+    splits in which both halves give this very label the evidence [n] counts, times what `beyond_chance` leaves of its class,
+    `kept` [C]. Where one half does, the label is right `divided` times as often as on the whole, where neither does, half that:
+    shares that were measured (RESULTS.md). By default the level is the mean that comes of it."""
+    count, divided = (votes == said).sum(1), 0.5 + 0.6 / runs
+    sure = (count == 2).mean(0) * evidence * kept[said]
+    rest = divided * ((count == 1).mean(0) + (count == 0).mean(0) / 2)
+    level = sure.mean() / (1 - rest.mean()) if level is None else level
+    return sure + level * rest, level
 
 
-def levelled(evidence, level):
-    """Probabilities with `level` added to their log odds."""
-    return expit(logit(np.clip(evidence, 1e-3, 1 - 1e-3)) + level)
-
-
-def find_level(evidence, mean):
-    """The level at which the evidence has that mean."""
-    return float(brentq(lambda level: levelled(evidence, level).mean() - np.clip(mean, 1e-3, 1 - 1e-3), -20, 20))
-
-
-def confide(best, calibration, votes, kept, said):
-    """(confidence, evidence, agreement [n] each, level of the evidence) of the labels `said` [n] of test images: best [n, C] of
+def confide(best, calibration, votes, kept, runs, said):
+    """(confidence [n], evidence [n], level) of the labels `said` [n] of test images by so many `runs`: best [n, C] of
     class_best, votes [S, 2, n] of half_votes. Without votes, of one run, the evidence is all there is."""
     evidence = probability(best, calibration, said)
-    if not len(votes):
-        return evidence, evidence, None, 0.0
-    agreed = agreement(votes, said, kept)
-    level = find_level(evidence, agreed.mean())
-    return (levelled(evidence, level) + agreed) / 2, evidence, agreed, level
+    confidence, level = agreement(votes, said, evidence, kept, runs) if len(votes) else (evidence, evidence.mean())
+    return confidence, evidence, float(level)
 
 
 # ------------------------------------------------------------------------------------------------- baselines, and the shift
@@ -275,15 +267,16 @@ def expect(runs, fold, part, labels, grown, numbers, args, device, said=None, he
     votes, calibration = half_votes(grown, numbers, device), calibrate(look, truth)
     kept = beyond_chance(votes, np.bincount(numbers) / len(numbers))
     own = calibration if held is None else calibrate(look, truth, held[rows])
-    confidence, evidence, agreed, _ = confide(best, own, votes, kept, said)
-    calibration |= {"level": confide(best, calibration, votes, kept, nearest)[3], "kept": kept.round(4).tolist()}
-    spread = (votes == said).mean() - (votes == said).all(1).mean() if len(votes) else 0.0
+    confidence, evidence, _ = confide(best, own, votes, kept, len(grown), said)
+    calibration |= {"expected": confide(best, calibration, votes, kept, len(grown), nearest)[2], "kept": kept.round(4).tolist()}
+    both = (votes == said).all(1).mean(0) if len(votes) else None
+    spread = 0.0 if both is None else (votes == said).mean() - both.mean()
     expected = float(confidence.mean())
     half = (LEAST_ERROR**2 + spread**2 + 1.64**2 * expected * (1 - expected) / len(confidence)) ** 0.5
     sharpness = fit_sharpness(random, truth)
     held, right, test = log_odds(random, sharpness), random.argmax(1) == truth, log_odds(best, sharpness)
     figures = {"expected": expected, "low": max(0.0, expected - half), "high": min(1.0, expected + half),
-               "by_evidence": evidence.mean(), "by_agreement": None if agreed is None else agreed.mean(),
+               "by_evidence": evidence.mean(), "by_agreement": None if both is None else (both * kept[said]).mean(),
                "held_out": right.mean(), "held_out_other_looks": accuracy(look.argmax(1), truth),
                "average_thresholded_confidence": average_thresholded_confidence(held, right, test),
                "difference_of_confidences": difference_of_confidences(expit(held), right, expit(test))}

@@ -1,4 +1,4 @@
-"""Kills, bad disks and hostile input at random, repeatable by seed: what the README's reliability section rests on.
+"""Kills, bad disks and hostile input at random, repeatable by seed: what RESULTS.md's reliability section rests on.
 
     kills    the whole ten-run job (two tiny networks x five folds) is killed by SIGKILL at random moments and started again:
              the submission, all ten best.pt and the embeddings must be those of an undisturbed job, bit for bit

@@ -106,8 +106,15 @@ def test_agreement_is_of_both_halves():
     runs = [{"train": train, "test": test} for test in given]
     votes = expect.half_votes(runs, labels, "cpu")
     # image 1: run 1 is alone; with another it is tied, and the label 0 has the lower index: it says 1 only as a half of its own
-    assert votes.shape == (3, 2, 3) and np.allclose(expect.agreement(votes, np.array([0, 0, 0]), np.ones(2)), [1, 2 / 3, 0])
-    assert np.allclose(expect.agreement(votes, np.array([0, 0, 1]), np.array([0.5, 1])), [0.5, 1 / 3, 0])
+    one = 0.5 + 0.6 / 3
+    assert votes.shape == (3, 2, 3)
+    said, level = expect.agreement(votes, np.array([0, 0, 0]), np.ones(3), np.ones(2), 3)
+    assert np.allclose(said, [1, (2 + one * level) / 3, one * level])
+    assert level == pytest.approx(said.mean())
+    said = expect.agreement(votes, np.array([0, 0, 1]), np.array([0.5, 1, 0.8]), np.array([0.5, 1]), 3, 0.5)[0]
+    assert np.allclose(said, [0.25, (1 + one * 0.5) / 3, one * 0.5])
+    said = expect.agreement(np.array([[[1, 0], [1, 1]]]), np.array([0, 0]), np.ones(2), np.ones(2), 3, 0.5)[0]
+    assert np.allclose(said, [one * 0.25, one * 0.5])
     assert expect.half_votes(runs[:1], labels, "cpu").shape == (0, 2, 3)
 
 
@@ -121,22 +128,24 @@ def test_agreement_by_chance_is_no_accuracy(guess, known):
     sure = rng.random(count) < known
     votes = np.array([[np.where(sure, truth, rng.choice(4, count, p=guess)) for _ in range(2)] for _ in range(3)])
     kept, right = expect.beyond_chance(votes, np.full(4, 0.25)), (votes[:, 0] == truth).mean()
-    got, plain = (np.mean([expect.agreement(v[None], v[0], k).mean() for v in votes]) for k in (kept, np.ones(4)))
+    got, plain = (((votes[:, 0] == votes[:, 1]) * k[votes[:, 0]]).mean() for k in (kept, np.ones(4)))
     assert right - 0.05 < got <= plain and (known or got < right + 0.01)
     assert abs(got - right) < 0.01 or guess[0] != 0.25
     assert expect.beyond_chance(votes[:, :, :1], np.full(4, 0.25)).tolist() == [1] * 4, "one image tells nothing"
 
 
-def test_the_confidence_has_the_level_of_the_agreement():
+def test_runs_that_disagree_lower_the_confidence_and_one_run_has_the_evidence():
     rng = np.random.default_rng(5)
     best, truth = rng.random((400, 3)).astype(np.float32), rng.integers(0, 3, 400)
     calibration, said = expect.calibrate(best, truth), best.argmax(1)
-    votes = np.where(rng.random((10, 2, 400)) < 0.8, said, 0)
-    confidence, evidence, agreed, level = expect.confide(best, calibration, votes, np.ones(3), said)
-    assert confidence.mean() == pytest.approx(agreed.mean(), abs=1e-3) and abs(evidence.mean() - agreed.mean()) > 0.2
-    assert np.allclose(confidence, (expect.levelled(evidence, level) + agreed) / 2)
-    alone = expect.confide(best, calibration, votes[:0], np.ones(3), said)
-    assert (alone[0] == evidence).all() and alone[2:] == (None, 0.0)
+    agreed = np.broadcast_to(said, (10, 2, 400))
+    confidence, evidence, level = expect.confide(best, calibration, agreed, np.ones(3), 10, said)
+    assert np.array_equal(confidence, evidence) and level == pytest.approx(evidence.mean())
+    votes = np.where(rng.random((10, 2, 400)) < 0.8, said, (said + 1) % 3)
+    confidence, evidence, level = expect.confide(best, calibration, votes, np.ones(3), 10, said)
+    assert level == pytest.approx(confidence.mean()) and 0 < level < evidence.mean()
+    alone = expect.confide(best, calibration, votes[:0], np.ones(3), 10, said)
+    assert (alone[0] == evidence).all() and alone[2] == evidence.mean()
 
 
 def test_baselines_by_hand():
