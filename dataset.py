@@ -516,8 +516,8 @@ def check_inputs(args, full=False):
     if args.skip_bad_images:
         skip_bad_images(args)
     train, test, listed = load_train(args), load_test(args), Path(args.output) / "bad_images.csv"
-    hint = f", or delete {listed}, which" if listed.exists() else ", or do without them: --skip-bad-images"
-    hint += " was written before they broke, and list them anew by --skip-bad-images" * listed.exists()
+    hint = (f", or delete {listed}, which was written before they broke, and list them anew by --skip-bad-images"
+            if listed.exists() else ", or do without them by --skip-bad-images")
     check_images(args.input, train["path"], full, hint)
     if test is not None:
         check_images(Path(args.input) / "test", test["filename"], full, hint)

@@ -250,7 +250,8 @@ def import_weights(args, folder, train):
     if part not in ("body", "all"):
         raise InputError(f"--weights {args.weights} brings no neck, so there is no embedding to extract; give a whole "
                          "checkpoint, or train one with train.py")
-    if part == "all" and all(label.isdecimal() for label in classes):  # numbers were sorted as numbers there, here as text
+    # Where labels are numbers it sorted them as such, and here they are text.
+    if "original solution" in said and part == "all" and all(label.isdecimal() for label in classes):
         model.head.weight.data = model.head.weight.data[np.argsort(np.argsort([int(label) for label in classes]))]
     print(said)
     save_json(folder / "args.json", stamp)

@@ -313,7 +313,8 @@ def left_out(output, train):
     same = left.get("train") == train_fingerprint(train)
     for name, recipe in left["recipes"].items():
         args, stamp = (Path(output) / name / file for file in ("args.json", "extract.json"))
-        same = same and args.exists() and load_json(args) == recipe and embedding_of(load_json(stamp)) == left["embedded"][name]
+        same = same and args.exists() and stamp.exists() and load_json(args) == recipe
+        same = same and embedding_of(load_json(stamp)) == left["embedded"][name]
     return np.array(left["strangeness"]) if same else None
 
 

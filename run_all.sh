@@ -53,7 +53,7 @@ while (($#)); do
     esac
     shift
 done
-[[ $N_FOLDS =~ ^[1-9][0-9]*$ ]] || { echo "error: --n-folds $N_FOLDS: give 2, 3, ..." >&2; exit 2; }
+[[ $N_FOLDS =~ ^([2-9]|[1-9][0-9]+)$ ]] || { echo "error: --n-folds $N_FOLDS: give 2, 3, ..." >&2; exit 2; }
 archs=($ARCHS) folds=(${FOLDS:-$(seq 0 $((N_FOLDS - 1)))})
 [[ ${BASH_SOURCE[0]} == "$0" ]] || return 0  # scripts/slurm.sh reads its flags here
 
@@ -152,7 +152,7 @@ for ((round = 1; round <= ROUNDS; round++)); do
     out=$OUTPUT pseudo=()
     if ((round > 1)); then
         [[ $broken ]] && break
-        [[ -f $before/confidence.csv ]] || { failed+=("round $round: no $before/confidence.csv, no run held images out"); break; }
+        [[ -f $before/confidence.csv ]] || { failed+=("round $round: no $before/confidence.csv; see $before/expect.log"); break; }
         pseudo=(--pseudo "$before/confidence.csv") out=$OUTPUT/round$round
         mkdir -p "$out" && cp "$OUTPUT/folds.csv" "$out/" || exit 2
         rm -f "$out/bad_images.csv"

@@ -100,7 +100,7 @@ def growth(runs, known, rows, added, trained, truth, args, device):
     """Accuracy by the nearest image on the test images of the added products, and of the others, with few images of each added
     or all, against the runs `trained` with them. added: embeddings of the `rows`, an array a run."""
     new, result = np.isin(truth, rows["label"]), []
-    everything = read_train(args.input)["label"].to_numpy(object)
+    everything = read_train(args.input, args.allow_outside)["label"].to_numpy(object)
 
     def row(name, said):
         by = [accuracy(said[part], truth[part]) for part in (new, ~new, slice(None))]
@@ -121,14 +121,15 @@ def growth(runs, known, rows, added, trained, truth, args, device):
 def main():
     args = parse_args()
     output = Path(args.output)
-    test, labels = read_test(args.input), read_train(args.input)["label"]
+    test, train = read_test(args.input, args.allow_outside), read_train(args.input, args.allow_outside)
+    labels = train["label"]
     truth = read_solution(args.input, test["filename"])
     if truth is None:
         raise InputError(f"{args.input}/solution.csv is not there; without it nothing is measured")
     if args.classes > labels.nunique() - 2:
         raise InputError(f"--classes {args.classes} of {labels.nunique()}: two or more must be left in")
     source = output / "known" / "input"
-    rows = without(args.input, read_train(args.input), source, draw(labels, args.classes, args.seed), test=True)
+    rows = without(args.input, train, source, draw(labels, args.classes, args.seed), test=True)
     for fold in args.folds:
         recipe = RECIPE | {"arch": args.arch, "size": args.size, "fold": fold}
         train_again(recipe, source, output / "known", args)
@@ -136,12 +137,12 @@ def main():
     device = pick_device(args.device)
 
     names = [str(run_folder("", args.arch, fold)) for fold in args.folds]
-    known = read_train(source)
+    known = read_train(source, args.allow_outside)
     runs = load_runs(output / "known", names, known, test)
     added = [embed_files(output / "known" / r["name"], args.input, rows["path"], device) for r in runs]
     figures, rates = rejection(runs, output / "known", known, rows, added, truth, args, device)
     print(json.dumps(figures, indent=1))
-    trained = load_runs(output / "all", names, read_train(args.input), test)
+    trained = load_runs(output / "all", names, train, test)
     for name, table in [("rates", rates), ("growth", growth(runs, known, rows, added, trained, truth, args, device))]:
         print(table.round(4).to_string())
         table = table.round(4).reset_index()

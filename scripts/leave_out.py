@@ -92,7 +92,7 @@ def main():
                          "out and two or more in")
     beside, stamp = output / "left_out", train_fingerprint(train)
     source, drawn = beside / "input", {"train": stamp, "share": args.share, "seed": args.seed, "recipes": recipes}
-    if beside.exists() and load_json(beside / "drawn.json") != drawn:
+    if beside.exists() and not ((beside / "drawn.json").exists() and load_json(beside / "drawn.json") == drawn):
         raise InputError(f"{beside} is of other products, images or runs; delete it, it is made anew")
     beside.mkdir(exist_ok=True)
     save_json(beside / "drawn.json", drawn)

@@ -22,7 +22,7 @@ from dataset import encode, load_folds, load_test, load_train, read_solution, re
 from retrieve import fitting, grow, label_oof, label_test, load_runs, score, scratch
 from votes import DEFAULT_VOTES, VOTES, check_vote_flags, vote_flags
 
-NAMES = {"head": "classifier head", "nearest": "nearest neighbour", "sum": "sum"}
+NAMES = {"head": "classifier head", "nearest": "nearest neighbour"}
 
 
 def parse_args():
