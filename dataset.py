@@ -575,6 +575,37 @@ def check_augmentation_flags(parser, args):
         parser.error("--jpeg must be 0..100, --randaugment 0..30, --rotate and --colour 0 or more")
 
 
+class ByOpenCV:
+    """A random transform of torchvision, which draws the parameters, while OpenCV makes the pixels: a third of the time."""
+
+    def __init__(self, transform):
+        self.transform = transform
+
+    def __call__(self, image):
+        pixels = self.make(np.ascontiguousarray(image.permute(1, 2, 0).numpy()), **self.transform.make_params([image]))
+        return torch.from_numpy(pixels).permute(2, 0, 1)
+
+
+class Affine(ByOpenCV):
+    """v2.RandomAffine without shear, bilinear, black beside the image."""
+
+    @staticmethod
+    def make(pixels, angle, translate, scale, **_):
+        height, width = pixels.shape[:2]
+        matrix = cv2.getRotationMatrix2D(((width - 1) / 2, (height - 1) / 2), -angle, scale)
+        matrix[:, 2] += translate
+        return cv2.warpAffine(pixels, matrix, (width, height))
+
+
+class Jpeg(ByOpenCV):
+    """v2.JPEG."""
+
+    @staticmethod
+    def make(pixels, quality, **_):
+        data = cv2.imencode(".jpg", cv2.cvtColor(pixels, cv2.COLOR_RGB2BGR), (cv2.IMWRITE_JPEG_QUALITY, quality))[1]
+        return cv2.cvtColor(cv2.imdecode(data, cv2.IMREAD_COLOR), cv2.COLOR_BGR2RGB)
+
+
 def augmentation(args):
     """uint8 [3, H, W] -> the same, by the flags of augmentation_flags; a zero switches its part off."""
     from torchvision.transforms import v2  # takes seconds, and only a training needs it
@@ -592,11 +623,10 @@ def augmentation(args):
         widest = args.size / 50
         steps.append(v2.RandomApply([v2.GaussianBlur(2 * round(2 * widest) + 1, (widest / 10, widest))], args.blur))
     if args.jpeg:
-        steps.append(v2.JPEG((args.jpeg, 100)))
+        steps.append(Jpeg(v2.JPEG((args.jpeg, 100))))
     if args.affine_p:
-        affine = v2.RandomAffine(args.rotate, (args.shift, args.shift), (1 - args.zoom, 1 + args.zoom),
-                                 interpolation=v2.InterpolationMode.BILINEAR, fill=0)
-        steps.append(v2.RandomApply([affine], args.affine_p))
+        affine = v2.RandomAffine(args.rotate, (args.shift, args.shift), (1 - args.zoom, 1 + args.zoom))
+        steps.append(v2.RandomApply([Affine(affine)], args.affine_p))
     if args.cutout and args.cutout_p:
         steps.append(v2.RandomErasing(args.cutout_p, (args.cutout**2, args.cutout**2), (1, 1), value=0))
     return v2.Compose(steps)
@@ -665,7 +695,6 @@ class Images(Dataset):
             image = load_image(self.folder / self.names[row], self.size, self.how)
         image = torch.from_numpy(image).permute(2, 0, 1)
         if self.augment:
-            image = image.contiguous()
             with torch.random.fork_rng(devices=[]):
                 state = np.random.SeedSequence((self.seed, epoch, row)).generate_state(1, np.uint64)
                 torch.default_generator.manual_seed(int(state[0]))
@@ -697,8 +726,9 @@ class EpochSampler(Sampler):
 
 
 def default_workers():
-    cores = (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    return min(8, max(1, cores - 1))  # a core is left to the training process
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    cores //= int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    return min(16, max(1, cores - 1))  # a core is left to the training process
 
 
 def _start_worker(_):

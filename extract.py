@@ -79,7 +79,7 @@ def parse_args():
         "embedding then depends on which other test images there are (Li et al., AdaBN, 2016)")
     add("--precision", choices=["auto", "fp32", "bf16", "fp16"], help="default: that of the training")
     add("--batch-size", type=int, default=0, help="images a batch; 0 = 64 on a CPU, 512 on a GPU, halved until it fits")
-    add("--workers", type=int, default=default_workers(), help="loader processes (default min(8, cores - 1))")
+    add("--workers", type=int, default=default_workers(), help="loader processes (default min(16, cores - 1))")
     input_flags(parser)
     args = parser.parse_args()
     if args.batch_size < 0 or min(args.size, *(args.test_size or [1])) < 1 or (args.gem_p is not None and not args.gem_p > 0):

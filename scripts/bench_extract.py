@@ -44,7 +44,7 @@ def bench_flags(parser, arch, n):
     add("--n", type=int, default=n, help=f"images of a round (default {n}; fewer are repeated)")
     add("--repeat", type=int, default=3, help="rounds, each runs every side (default 3)")
     add("--precision", choices=["auto", "fp32", "bf16", "fp16"], default="auto", help="of all but the original (default auto)")
-    add("--workers", type=int, default=default_workers(), help="loader processes (default min(8, cores - 1))")
+    add("--workers", type=int, default=default_workers(), help="loader processes (default min(16, cores - 1))")
     cache_flags(parser)
 
 

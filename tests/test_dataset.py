@@ -15,12 +15,15 @@ import torch
 from conftest import make_data
 from PIL import Image
 from torch.utils.data import DataLoader
+from torchvision.transforms import v2
 
 import dataset
 from dataset import (
+    Affine,
     Cache,
     EpochSampler,
     Images,
+    Jpeg,
     augmentation,
     augmentation_flags,
     check_images,
@@ -244,6 +247,23 @@ def augment(*flags):
     args = parser.parse_args([str(flag) for flag in flags])
     args.size = 50
     return augmentation(args)
+
+
+@pytest.mark.parametrize("transform, mine, median, mean", [
+    (v2.JPEG((50, 100)), Jpeg, 0, 0.5),
+    (v2.RandomAffine(10, (0.2, 0.2), (0.8, 1.2), interpolation=v2.InterpolationMode.BILINEAR), Affine, 0, 1.5)])
+def test_opencv_makes_the_pixels_that_torchvision_makes(transform, mine, median, mean):
+    rng = np.random.default_rng(0)
+    image = cv2.GaussianBlur(cv2.resize(rng.integers(0, 256, (7, 7, 3), np.uint8), (50, 40)), (5, 5), 0)
+    image = torch.from_numpy(image).permute(2, 0, 1)
+    for seed in range(5):
+        torch.manual_seed(seed)
+        wanted, after = transform(image.contiguous()), torch.rand(1)
+        torch.manual_seed(seed)
+        made = mine(transform)(image)
+        assert torch.equal(torch.rand(1), after)
+        apart = (made.int() - wanted.int()).abs().float()
+        assert apart.mean() <= mean and apart.median() <= median and not torch.equal(made, image)
 
 
 def test_augmentation_parts_and_their_switches():
