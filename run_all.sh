@@ -20,7 +20,7 @@ INPUT=input
 OUTPUT=output
 ROUNDS=1
 CARDS=
-TRAIN=(--epochs 30)
+TRAIN=(--epochs 30 --eval-every 5)  # a validation embeds all images: each epoch it would be half of a GPU's time
 DEVICE=()
 SCRIPTS=() EXTRACT=()  # flags for all that follow the training, and for extract.py
 DEMO=
@@ -78,7 +78,7 @@ fi
 if ((${#cards[@]} > 1)); then
     workers=$(($(nproc) / ${#cards[@]}))
     threads=${OMP_NUM_THREADS:-$((workers > 1 ? workers : 1))}
-    loaders=(--workers $((workers > 8 ? 8 : workers > 1 ? workers : 1)))
+    loaders=(--workers $((workers > 16 ? 16 : workers > 1 ? workers : 1)))
     TRAIN=("${loaders[@]}" "${TRAIN[@]}") EXTRACT=("${loaders[@]}" "${EXTRACT[@]}")  # what the user says comes later and counts
 fi
 ((${#cards[@]})) && export CUDA_VISIBLE_DEVICES=${cards[0]} || cards=("")  # one card: whichever PyTorch finds

@@ -70,7 +70,7 @@ from search import topk
 
 # Free to change on a resume:
 MACHINE = {"input", "output", "allow_outside", "workers", "device", "deterministic", "check", "skip_bad_images", "restart",
-           "eval_batch_size", "folds_only", "tensorboard", "cache", "cache_size"}
+           "eval_batch_size", "eval_every", "folds_only", "tensorboard", "cache", "cache_size", "cuda_graph", "compile"}
 EVENTS = "events.out.tfevents.log"  # TensorBoard knows its files by the middle of the name
 HINT = ("the checkpoint of the last finished epoch is kept. Try a lower --lr, --clip norm:5 (NFNets: agc:0.01), or "
         "--precision fp32, with --restart")
@@ -124,10 +124,15 @@ def parse_args(argv=None):
         "has in hardware for training; a run that was begun keeps its own (default auto)")
     add("--embed-precision", choices=["auto", "fp32", "bf16", "fp16"], default="auto", help="of validation and extraction; "
         "auto: that of --precision, or the fastest that the device has for embedding (default auto)")
+    add("--cuda-graph", action=argparse.BooleanOptionalAction, default=True, help="on a GPU, record a step's kernels once and "
+        "replay them, in memory of their own; not in several processes, nor with --grad-accum, --head-first, --mixup, --cutmix "
+        "(default on)")
+    add("--compile", action="store_true", help="let torch.compile join the network's kernels: a faster step on a GPU, after "
+        "minutes at the first start; needs a C compiler")
     add("--eval-every", type=int, default=1, help="epochs between validations; the last is always one (default 1)")
     add("--eval-batch-size", type=int, default=64, help="images a batch in validation (default 64)")
     add("--seed", type=int, default=9999, help="of folds, weights, order and augmentation (default 9999)")
-    add("--workers", type=int, default=default_workers(), help="loader processes (default min(8, cores - 1))")
+    add("--workers", type=int, default=default_workers(), help="loader processes (default min(16, cores - 1))")
     input_flags(parser)
     add("--check", action="store_true", help="decode every image before training, not only read its header")
     add("--tensorboard", action="store_true", help="keep log.csv for TensorBoard, too (pip install tensorboard; "
@@ -205,7 +210,58 @@ def clip_gradient(model, clip):
         adaptive_clip_grad(body, value)
 
 
-def train_epoch(model, ema, loader, optimiser, scaler, weights, epoch, args, device, precision):
+def make_backward(model, scaler, weights, args, device, precision):
+    """The function backward(images, labels, total, others, share): adds to the gradients those of the loss of a part of a
+    batch, `total` being the whole batch's divisor, and returns that loss. On a GPU it is a Graphed where that can be."""
+    smoothing = args.label_smoothing if args.head == "softmax" else 0.0
+
+    def backward(images, labels, total, others=None, share=1.0):
+        with autocast(device, precision):
+            embedded = model(images)
+        loss = share * loss_sum(model.head(embedded, labels), labels, weights, smoothing)
+        if share < 1:
+            loss = loss + (1 - share) * loss_sum(model.head(embedded, others), others, weights, smoothing)
+        loss = loss / total
+        scaler.scale(loss).backward()
+        return loss.detach()
+
+    if args.compile:
+        model.compile()  # of the training only: extract.embed calls forward itself
+    whole = place()[1] == args.grad_accum == 1 and not (args.head_first or args.mixup or args.cutmix)
+    return Graphed(backward, model) if device.type == "cuda" and args.cuda_graph and whole else backward
+
+
+class Graphed:
+    """backward, recorded once as a CUDA graph and replayed: a small batch's kernels take less time than to start them one by
+    one from Python. The first steps run plainly, since in them cuDNN and torch.compile choose the kernels. All steps have
+    the same shapes and no gradients from before."""
+
+    def __init__(self, backward, model, plain=3):
+        self.backward, self.parameters, self.plain, self.graph = backward, list(model.parameters()), plain, None
+
+    def __call__(self, images, labels, total, *_):
+        if self.plain:
+            self.plain -= 1
+            return self.backward(images, labels, total)
+        if self.graph is None:
+            self.inputs, self.graph = [t.clone() for t in (images, labels, total)], torch.cuda.CUDAGraph()
+            try:
+                with torch.cuda.graph(self.graph, capture_error_mode="thread_local"):  # the loader's threads may pin memory
+                    self.loss = self.backward(*self.inputs)
+            except RuntimeError as error:
+                said = str(error.__context__ or error).partition("\n")[0]
+                raise InputError(f"the step could not be recorded as a CUDA graph ({said}); give --no-cuda-graph, or "
+                                 "--grad-accum 2 where memory is short") from error
+            self.gradients = [p.grad for p in self.parameters]
+        for mine, given in zip(self.inputs, (images, labels, total), strict=True):
+            mine.copy_(given)
+        self.graph.replay()
+        for parameter, gradient in zip(self.parameters, self.gradients, strict=True):
+            parameter.grad = gradient
+        return self.loss.clone()
+
+
+def train_epoch(model, ema, loader, optimiser, scaler, weights, epoch, args, device, backward):
     """One pass. Returns (mean training loss, images/s). Epochs are counted from -head_first on: before 0 only pooling,
     neck and head learn. Under torchrun a process works on its share of each batch: losses and gradients, sums of terms over
     the whole batch's divisor, are added up, and all take the same step."""
@@ -213,8 +269,7 @@ def train_epoch(model, ema, loader, optimiser, scaler, weights, epoch, args, dev
     frozen = epoch < 0
     model.backbone.train(not frozen).requires_grad_(not frozen)
     freeze(model.backbone, args.freeze)
-    clip, smoothing = parse_clip(args.clip), args.label_smoothing if args.head == "softmax" else 0.0
-    losses, batches, start = [], loader.batch_sampler, time.time()
+    clip, losses, batches, start = parse_clip(args.clip), [], loader.batch_sampler, time.time()
     bar = progress(loader, f"epoch {epoch + 1}/{args.epochs}")
     for step, (batch, labels) in enumerate(bar):
         at = epoch + (step + 1) / len(loader)
@@ -227,13 +282,8 @@ def train_epoch(model, ema, loader, optimiser, scaler, weights, epoch, args, dev
             batch, others, share = mix(batch, labels, args.mixup, args.cutmix)
         total, loss = share * weights[labels].sum() + (1 - share) * weights[others].sum(), 0.0
         sum_up([total])
-        for part, *truths in zip(*(t.split(batches.sizes) for t in (batch, labels, others)), strict=True):
-            with autocast(device, precision):
-                embedded = model(part)
-            part_loss = sum(w * loss_sum(model.head(embedded, truth), truth, weights, smoothing)
-                            for w, truth in zip((share, 1 - share), truths, strict=True) if w) / total
-            scaler.scale(part_loss).backward()
-            loss = loss + part_loss.detach()
+        for part, truth, other in zip(*(t.split(batches.sizes) for t in (batch, labels, others)), strict=True):
+            loss = loss + backward(part, truth, total, other, share)
         sum_up([loss, *(p.grad for p in model.parameters() if p.grad is not None)])
         scaler.unscale_(optimiser)
         clip_gradient(model, clip)
@@ -281,6 +331,7 @@ def record_arguments(folder, args, device):
     given = args.precision
     if recorded:
         recorded = {"embed_precision": recorded["precision"], "freeze": 0} | recorded  # a run of an earlier version
+        recorded = {name: value for name, value in recorded.items() if name not in MACHINE}
     for name, training in (("precision", True), ("embed_precision", False)):
         if getattr(args, name) == "auto":
             setattr(args, name, recorded[name] if recorded else pick_precision(given, device, training))
@@ -439,6 +490,7 @@ def fit(folder, args, recorded, train, fold, device):
         except (KeyError, TypeError, ValueError, RuntimeError, AttributeError) as error:
             reason = str(error).partition("\n")[0]
             raise InputError(f"{folder}/last.pt is not of this run ({reason}); --restart begins it anew") from None
+    backward = make_backward(model, scaler, weights, args, device, precision)
     print(f"{args.arch} fold {args.fold}: {len(seen)} images, {len(outside)} held out, {len(classes)} classes; "
           f"{device.type} {precision}, {args.size} px; {said}", flush=True)
 
@@ -447,7 +499,7 @@ def fit(folder, args, recorded, train, fold, device):
         # All randomness is a function of seed and epoch: no state to save. Dropout differs between processes.
         seed_everything(args.seed, epoch + args.head_first, rank)
         sampler.epoch = epoch + args.head_first
-        loss, speed = train_epoch(model, ema, loader, optimiser, scaler, weights, epoch, args, device, precision)
+        loss, speed = train_epoch(model, ema, loader, optimiser, scaler, weights, epoch, args, device, backward)
         row = {"epoch": epoch + 1, "lr": optimiser.param_groups[0]["lr"], "train_loss": loss, "val_loss": None,
                "head_acc": None, "gap": None, "retrieval_acc": None}
         last = epoch + 1 == args.epochs

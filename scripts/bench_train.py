@@ -1,6 +1,7 @@
 """Training beside its limit, in one run: the sides take turns, medians of the rounds. Random weights, for speed only.
 
     step        the limit: bare forward, backward and optimiser step, on a batch that lies on the device
+    plain step  the same without the CUDA graph, on a GPU
     cache       train.py's epoch from the cache of decoded images
     jpeg        the same from the image files
     original    the original solution's way: float32, contiguous layout, decode and normalise in the loader
@@ -18,10 +19,11 @@ import os
 import sys
 from collections import deque
 from concurrent.futures import ProcessPoolExecutor
+from functools import partial
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from utils import autocast, duration, keep_freed_memory, pick_device, pick_precision, run, script_parser
+from utils import duration, keep_freed_memory, pick_device, pick_precision, run, script_parser
 
 import numpy as np
 import torch
@@ -37,6 +39,7 @@ def parse_args():
     bench_flags(parser, ["nfnet_l0", "tf_efficientnet_b1"], 256)
     parser.add_argument("--batch-size", type=int, default=32, help="images a step (default 32)")
     parser.add_argument("--freeze", type=int, default=0, metavar="N", help="train.py's, of all but the original (default 0)")
+    parser.add_argument("--compile", action="store_true", help="train.py's, of all but the original")
     args = parser.parse_args()
     if min(args.size, args.n // args.batch_size, args.repeat) < 1 or args.batch_size < 2 or min(args.workers, args.freeze) < 0:
         parser.error("--size and --repeat must be 1 or more, --batch-size 2 or more and no more than --n, --workers and "
@@ -47,7 +50,7 @@ def parse_args():
 def prepare(arch, args, classes, device, layout):
     """(model, optimiser, train.py's arguments) at a learning rate that random weights bear."""
     recipe = train.parse_args(["--arch", arch, "--fold", "all", "--size", str(args.size), "--batch-size", str(args.batch_size),
-                               "--lr", "1e-5", "--freeze", str(args.freeze)])
+                               "--lr", "1e-5", "--freeze", str(args.freeze), *["--compile"] * args.compile])
     model = Model(arch, classes).to(device, memory_format=layout).train()
     return model, train.make_optimiser(model, recipe), recipe
 
@@ -91,13 +94,15 @@ def main():
         batch, truth = host.to(device), truth[:args.batch_size].to(device)
         steps = args.n // args.batch_size
 
-        def step(model=model, optimiser=optimiser, scaler=scaler, batch=batch, truth=truth, weights=weights, steps=steps):
+        backward = train.make_backward(model, scaler, weights, recipe, device, precision)
+        total = weights[truth].sum()
+
+        def step(backward=backward, model=model, optimiser=optimiser, scaler=scaler, batch=batch, truth=truth, total=total,
+                 steps=steps):
             model.train()
             freeze(model.backbone, args.freeze)
             for _ in range(steps):
-                with autocast(device, precision):
-                    embedded = model(batch)
-                scaler.scale(loss_sum(model.head(embedded, truth), truth, weights) / len(batch)).backward()
+                backward(batch, truth, total)
                 scaler.step(optimiser)
                 scaler.update()
                 optimiser.zero_grad(set_to_none=True)
@@ -105,8 +110,8 @@ def main():
         def loader(name, images=images):  # a new one each time: its workers end with it, and their time counts
             return make_loader(images[name], EpochSampler(args.n, 0, args.batch_size), args.workers, device)
 
-        def epoch(name, model=model, optimiser=optimiser, scaler=scaler, weights=weights, recipe=recipe):
-            train.train_epoch(model, None, loader(name), optimiser, scaler, weights, 1, recipe, device, precision)
+        def epoch(name, model=model, optimiser=optimiser, scaler=scaler, weights=weights, recipe=recipe, backward=backward):
+            train.train_epoch(model, None, loader(name), optimiser, scaler, weights, 1, recipe, device, backward)
 
         def copy(host=host, steps=steps):
             for _ in range(steps):
@@ -114,7 +119,11 @@ def main():
 
         calls = {"step": step, "cache": lambda: epoch("cache"), "jpeg": lambda: epoch("jpeg"),
                  "read cache": lambda: deque(loader("cache"), 0), "read jpeg": lambda: deque(loader("jpeg"), 0), "copy": copy}
+        if isinstance(backward, train.Graphed):
+            calls["plain step"] = partial(step, backward.backward)
         step()
+        while isinstance(backward, train.Graphed) and backward.graph is None:
+            step()
         seconds = {name: [] for name in [*calls, "original"]}
         os.environ |= LIBRARIES
         with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as other:

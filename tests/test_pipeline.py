@@ -20,7 +20,8 @@ import pytest
 import torch
 from conftest import ROOT, TINY, make_data, script, train
 
-from train import EVENTS, event_bytes, write_events
+from models import Model
+from train import EVENTS, event_bytes, make_backward, parse_args, write_events
 
 
 def weights(folder):
@@ -204,6 +205,34 @@ def test_flags_run(data, tmp_path, flags):
         script("extract.py", "--input", data, "--output", tmp_path)
         said = script("retrieve.py", "--input", data, "--output", tmp_path, "--vote", "fusion")
         assert json.loads(said.stdout)["test"]["head"] >= 0
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU, and CUDA_VISIBLE_DEVICES that names it")
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
+def test_a_cuda_graph_gives_the_gradients_of_plain_kernels(precision):
+    device, models, calls, scalers = torch.device("cuda"), [], [], []
+    for more in ([], ["--no-cuda-graph"]):
+        torch.manual_seed(0)
+        models.append(Model("test_efficientnet", 5).to(device).train())
+        models[-1].backbone.conv_stem.requires_grad_(False)
+        scalers.append(torch.amp.GradScaler("cuda", init_scale=64.0, enabled=precision == "fp16"))
+        args = parse_args(["--arch", "test_efficientnet", "--fold", "all", *more])
+        calls.append(make_backward(models[-1], scalers[-1], torch.ones(5, device=device), args, device, precision))
+    for number in range(8):
+        images, labels = torch.randint(256, (8, 3, 32, 32), dtype=torch.uint8), torch.randint(5, (8,))
+        batch = images.to(device), labels.to(device), torch.tensor(8.0 + number, device=device)
+        losses = [call(*batch).item() for call in calls]
+        assert losses[0] == pytest.approx(losses[1], rel=1e-2)
+        for mine, plain in zip(*(m.parameters() for m in models), strict=True):
+            assert (mine.grad is None) == (plain.grad is None)
+            if plain.grad is not None:
+                assert (mine.grad - plain.grad).norm() <= 0.03 * plain.grad.norm() + 1e-4
+                mine.grad = plain.grad = None
+        for mine, plain in zip(*(m.buffers() for m in models), strict=True):
+            assert torch.allclose(mine.float(), plain.float(), rtol=0.03, atol=1e-3)
+        for scaler in scalers:
+            scaler.update(32.0 + number)
+    assert calls[0].graph
 
 
 def test_the_head_s_own_epochs_leave_the_backbone_as_it_was(data, tmp_path):
