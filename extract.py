@@ -78,7 +78,7 @@ def parse_args():
     add("--adapt-bn", action="store_true", help="embed the test images with batch-norm statistics re-estimated on them: an "
         "embedding then depends on which other test images there are (Li et al., AdaBN, 2016)")
     add("--precision", choices=["auto", "fp32", "bf16", "fp16"], help="default: that of the training")
-    add("--batch-size", type=int, default=0, help="images a batch; 0 = 64 on a CPU, 512 on a GPU, halved until it fits")
+    add("--batch-size", type=int, default=0, help="images a batch; 0 = 64 on a CPU, 128 on a GPU, halved until it fits")
     add("--workers", type=int, default=default_workers(), help="loader processes (default min(16, cores - 1))")
     input_flags(parser)
     args = parser.parse_args()
@@ -139,6 +139,11 @@ def embed(model, images, device, precision="fp32", batch_size=64, workers=0, wha
         raise InputError(f"{images.folder / images.names[bad[0]]} gives a NaN, infinite or zero embedding ({len(bad)} of "
                          f"{len(images)} images do); try --precision fp32, or another --lr if the training failed")
     return result
+
+
+def pick_batch_size(device):
+    """Photographs embedded at a time. On an H100 512 are 1.08 times as fast as 128, and take four times the memory."""
+    return 128 if device.type == "cuda" else 64
 
 
 def embed_shared(model, images, device, precision, batch_size, *more, **named):
@@ -312,7 +317,7 @@ def extract(folder, args, train, test, device, first, cache):
               "centres": getattr(model.head, "centres", 1), "held_out": checkpoint.get("held_out")}
     if first:
         stamp_file.unlink(missing_ok=True)  # from here to the end the embeddings on disk are no matching set
-    batch_size = args.batch_size or (512 if device.type == "cuda" else 64)
+    batch_size = args.batch_size or pick_batch_size(device)
     rows = {"train": (args.input, train["path"])}
     if test is not None:
         rows["test"] = (Path(args.input) / "test", test["filename"])

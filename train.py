@@ -64,7 +64,7 @@ from dataset import (
     read_pseudo,
     train_fingerprint,
 )
-from extract import embed, embed_shared, is_finished, run_folder
+from extract import embed, embed_shared, is_finished, pick_batch_size, run_folder
 from models import Model, class_weights, fold_batch_norm, freeze, join_batch_norm, load_weights, loss_sum
 from search import topk
 
@@ -130,7 +130,7 @@ def parse_args(argv=None):
     add("--compile", action="store_true", help="let torch.compile join the network's kernels: a faster step on a GPU, after "
         "minutes at the first start; needs a C compiler")
     add("--eval-every", type=int, default=1, help="epochs between validations; the last is always one (default 1)")
-    add("--eval-batch-size", type=int, default=64, help="images a batch in validation (default 64)")
+    add("--eval-batch-size", type=int, default=0, help="images a batch in validation; 0 = as extract.py (default 0)")
     add("--seed", type=int, default=9999, help="of folds, weights, order and augmentation (default 9999)")
     add("--workers", type=int, default=default_workers(), help="loader processes (default min(16, cores - 1))")
     input_flags(parser)
@@ -145,14 +145,15 @@ def parse_args(argv=None):
         parser.error(f"--fold {args.fold}: give 0 .. {args.n_folds - 1}, or all")
     args.fold = args.fold if args.fold == "all" else str(int(args.fold))
     args.test_size = args.test_size or [args.size]
-    for name in ("size", "epochs", "batch_size", "grad_accum", "eval_every", "eval_batch_size", "sub_centres"):
+    for name in ("size", "epochs", "batch_size", "grad_accum", "eval_every", "sub_centres"):
         if getattr(args, name) < 1:
             parser.error(f"--{name.replace('_', '-')} must be 1 or more")
     if args.n_folds < 2 or args.batch_size % args.grad_accum or args.batch_size // args.grad_accum < 2:
         parser.error("--n-folds must be 2 or more, --batch-size a multiple of --grad-accum that leaves 2 images a part")
-    if min(args.test_size) < 1 or not 0 <= args.ema < 1 or min(args.head_first, args.freeze, args.mixup, args.cutmix) < 0:
-        parser.error("--test-size must be 1 or more, --ema 0 or more and below 1, --head-first, --freeze, --mixup, --cutmix 0 "
-                     "or more")
+    if min(args.test_size) < 1 or not 0 <= args.ema < 1 or min(args.head_first, args.freeze, args.mixup, args.cutmix,
+                                                               args.eval_batch_size) < 0:
+        parser.error("--test-size must be 1 or more, --ema 0 or more and below 1, --head-first, --freeze, --mixup, --cutmix, "
+                     "--eval-batch-size 0 or more")
     if args.freeze and args.weights == "none":
         parser.error("--freeze keeps pretrained weights, and with --weights none there are none")
     if (args.mixup and args.cutmix) or not 0 <= args.pseudo_min <= 1 or not args.gem_p > 0:
@@ -304,7 +305,8 @@ def train_epoch(model, ema, loader, optimiser, scaler, weights, epoch, args, dev
 def validate(model, train_part, held_out, weights, args, device, precision):
     """Extraction and retrieval on the held-out fold: {val_loss, head_acc, gap, retrieval_acc}."""
     model = fold_batch_norm(model, args.test_size[0])
-    reference, query = (embed_shared(model, images, device, precision, args.eval_batch_size, args.workers, what, args.test_size)
+    size = args.eval_batch_size or pick_batch_size(device)
+    reference, query = (embed_shared(model, images, device, precision, size, args.workers, what, args.test_size)
                         for images, what in [(train_part, "embedding train"), (held_out, "embedding held-out")])
     labels, truth = train_part.labels.numpy(), held_out.labels
     with torch.inference_mode():
@@ -424,7 +426,7 @@ def looks(args, train, device):
     load_weights(model, args.arch, args.weights)
     images = Images(args.input, train["path"], np.zeros(len(train), np.int64), args.size, args.resize)
     return embed(model.to(device, memory_format=torch.channels_last), images, device, pick_precision(args.precision, device),
-                 args.eval_batch_size, args.workers, "looks", output=Model.features)
+                 args.eval_batch_size or pick_batch_size(device), args.workers, "looks", output=Model.features)
 
 
 def choose_images(args, train, fold, classes, labels):
