@@ -114,7 +114,7 @@ def parse_args(argv=None):
     add("--label-smoothing", type=float, default=0.1, help="softmax head only, 0..1 (default 0.1)")
     add("--class-weights", action=argparse.BooleanOptionalAction, default=True, help="1 / log1p(count) (default on)")
     add("--pseudo", metavar="CSV", help="confidence.csv of an earlier round: its confident test images join the training")
-    add("--pseudo-min", type=float, default=0.8, help="least confidence of such an image, 0..1 (default 0.8)")
+    add("--pseudo-min", type=float, default=0.9, help="least confidence of such an image, 0..1 (default 0.9)")
     add("--mixup", type=float, default=0.0, help="blend pairs of images, shares from Beta(x, x), not under torchrun; "
         "0 = off (default 0)")
     add("--cutmix", type=float, default=0.0, help="paste a box of another image, area from Beta(x, x), not under "

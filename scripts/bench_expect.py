@@ -1,7 +1,8 @@
 """How true the expected accuracy is: the test images shifted further in known ways, the expectation beside the accuracy got.
 
 Each shift alters the test photographs of a prepared set with a solution, the finished runs embed them, and scripts/expect.py's
-estimate is compared with the truth; so are its two parts and the baselines that look at random hold-outs.
+estimate, which has not learned from that alteration, is compared with the truth; so are two simpler ones and the baselines that
+look at random hold-outs.
 Reads  what scripts/expect.py reads, input/solution.csv, best.pt of the runs
 Writes OUTPUT/expected.csv, a line a shift
 
@@ -17,54 +18,23 @@ from utils import InputError, atomic, pick_device, run, script_parser
 
 import numpy as np
 import pandas as pd
-import torch
-from expect import expect, known_looks
-from torchvision.transforms import v2
-from torchvision.transforms.v2 import functional as TF
+from alterations import SHIFTS, Altered
+from expect import altered_sets, expect, known_looks
 
 from dataset import Images, default_workers, encode, load_folds, load_test, load_train, read_solution
 from extract import embed, load_model
 from retrieve import load_runs
 
 
-def noisy(image):
-    return (image + 35 * torch.randn(image.shape)).clamp(0, 255).to(torch.uint8)
-
-
-def warm(image):
-    return (image * torch.tensor([1.25, 1.0, 0.65]).view(3, 1, 1)).clamp(0, 255).to(torch.uint8)
-
-
-def coarse(image):
-    height, width = image.shape[1:]
-    return TF.resize(TF.resize(image, [height // 6, width // 6], antialias=True), [height, width])
-
-
-def covered(image):
-    return v2.RandomErasing(1.0, (0.3, 0.3), (0.5, 2), value=127)(image)
-
-
-def zoomed(image):
-    return v2.RandomResizedCrop(image.shape[1:], (0.36, 0.36), (1, 1), antialias=True)(image)
-
-
-def blurred(image):
-    return TF.gaussian_blur(image, 2 * (image.shape[1] // 50) + 1, image.shape[1] / 100)
-
-
-SHIFTS = {"none": None, "dark": lambda image: TF.adjust_gamma(image, 2.0, 0.8), "blurred": blurred, "coarse": coarse,
-          "zoomed": zoomed, "noisy": noisy, "warm": warm, "turned": lambda image: TF.rotate(image, 25, fill=[127]),
-          "covered": covered, "jpeg": lambda image: TF.jpeg(image, 6), "grey": lambda image: TF.rgb_to_grayscale(image, 3),
-          "pale": lambda image: TF.adjust_contrast(TF.adjust_brightness(image, 1.4), 0.5)}
-
-
 def parse_args():
     parser = script_parser(__doc__)
     add = parser.add_argument
     add("--runs", nargs="+", metavar="ARCH/foldK", help="runs to join; default: every finished run")
-    add("--shifts", nargs="+", choices=SHIFTS, default=list(SHIFTS), metavar="SHIFT", help=f"default all: {', '.join(SHIFTS)}")
+    add("--shifts", nargs="+", choices=["none", *SHIFTS], default=["none", *SHIFTS], metavar="SHIFT",
+        help=f"default all: none, {', '.join(SHIFTS)}")
     add("--n", type=int, default=600, help="test images, drawn at random (default 600)")
     add("--looks", type=int, default=5, help="see scripts/expect.py (default 5)")
+    add("--altered", type=int, default=100, help="see scripts/expect.py (default 100)")
     add("--seed", type=int, default=0, help="of the test images and looks (default 0)")
     return parser.parse_args()
 
@@ -80,16 +50,17 @@ def main():
     runs, fold = load_runs(args.output, args.runs, train, test), load_folds(args.output, train)
     part = known_looks(args.output, train, fold)
     picked = np.sort(np.random.default_rng(args.seed).permutation(len(test))[:args.n])
-    rows = []
+    sets, rows = altered_sets(runs, part, labels, train, args, device), []
     for shift in args.shifts:
         shifted = []
         for r in runs:
             model, stamp = load_model(Path(args.output) / r["name"], device), r["stamp"]
             images = Images(Path(args.input) / "test", test["filename"].iloc[picked], np.zeros(len(picked), np.int64),
-                            stamp["sizes"][0], stamp["resize"], SHIFTS[shift], args.seed)
+                            stamp["sizes"][0], stamp["resize"], Altered([] if shift == "none" else [shift]), args.seed)
             embedded = embed(model, images, device, stamp["precision"], workers=default_workers(), sizes=stamp["sizes"])
             shifted.append(r | {"test": embedded})
-        _, number, _, figures = expect(shifted, fold, part, labels, shifted, labels, args, device)
+        _, number, _, figures = expect(shifted, fold, part, labels, shifted, labels,
+                                         [s for s in sets if shift not in s["names"]], args, device)
         right = np.array(classes, object)[number] == truth[picked]
         del figures["calibration"], figures["runs"]
         rows.append({"shift": shift, "true": round(float(right.mean()), 4), **figures})

@@ -19,7 +19,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from utils import (
     InputError,
     Store,
-    accuracy,
     keep_freed_memory,
     load_json,
     normalise,
@@ -33,7 +32,7 @@ from utils import (
 
 import numpy as np
 import torch
-from expect import NEIGHBOURS, agreement, calibrate, class_best, halves, known_looks, out_of_fold, probability
+from expect import NEIGHBOURS, calibrate, class_best, confide_alone, halves, known_looks, out_of_fold, probability
 from torch.utils.data import Dataset, default_collate
 
 from dataset import (
@@ -123,17 +122,15 @@ def load_calibration(args, train, trained, classes, device):
     file = Path(args.output) / "expected.json"
     expected = load_json(file, runs=dict, calibration=dict) if file.exists() else {"runs": None}
     same = expected["runs"] == {r["name"]: stamps_of([r]) for r in trained}
-    if same and "expected" in expected["calibration"]:  # which an earlier version did not write
-        calibration = expected["calibration"]
-    elif any(str(r["fold"]).isdecimal() for r in trained):
+    if same and "weights" in expected["calibration"]:  # which an earlier version did not write
+        kept = expected["calibration"]["kept"]
+        return expected["calibration"] | {"kept": np.array([kept.get(label, 1.0) for label in classes])}
+    if any(str(r["fold"]).isdecimal() for r in trained):
         labels, fold = encode(train["label"])[1], load_folds(args.output, train)
         rows, _, look = out_of_fold(trained, fold, known_looks(args.output, train, fold), labels, labels.max() + 1, device)
-        calibration = calibrate(look, labels[rows]) | {"expected": accuracy(look.argmax(1), labels[rows])}
-    else:
-        print("no confidence: no run held images out", file=sys.stderr)
-        return None
-    kept = calibration.get("kept", {})
-    return calibration | {"kept": np.array([kept.get(label, 1.0) for label in classes])}
+        return calibrate(look, labels[rows])
+    print("no confidence: no run held images out", file=sys.stderr)
+    return None
 
 
 def embed_all(photos, runs, device, batch_size):
@@ -172,12 +169,11 @@ def classify(photos, runs, labels, classes, calibration, args, device):
             total = each.sum(0)
             similarity, index = (t.numpy() for t in merge(*(total / len(runs)).topk(min(NEIGHBOURS, len(labels))), NEIGHBOURS))
             best, confidence = class_best(similarity, labels[index], classes), None
-            if calibration:
+            if calibration and "weights" in calibration:
+                votes = [[labels[each[half].sum(0).argmax(1)] for half in (~split, split)] for split in halves(len(runs))]
+                confidence = confide_alone(best, np.array(votes), calibration)
+            elif calibration:
                 confidence = probability(best, calibration)
-                if len(runs) > 1:  # as expect.confide does
-                    votes = [[labels[each[half].sum(0).argmax(1)] for half in (~split, split)] for split in halves(len(runs))]
-                    confidence, _ = agreement(np.array(votes), best.argmax(1), confidence, calibration["kept"], len(runs),
-                                              calibration["expected"])
             found.append((best.argmax(1), confidence, similarity[:, :args.k], index[:, :args.k]))
     for r, parts in zip(runs, zip(*kept, strict=True), strict=True):
         r["test"] = np.concatenate(parts)

@@ -1,17 +1,18 @@
 """The accuracy to expect on the test images, before their labels are known; and how likely each label is right.
 
-Two estimates, joined:
-  agreement  Whether two halves of the runs both give a test image this label, less what they would by chance. Needs no labels
-             and sees any shift that confuses the runs; blind to errors that they share.
-  evidence   Held-out images are labelled by the runs that did not train on them, against images of other looks only (a look
-             is a cluster of alike images of a class). How often they are right at a given evidence is applied to the
-             evidence of the test images. Sees errors that the runs share, on held-out images, too; blind to a shift that
-             changes more than the looks do.
-Where both halves give the label, the evidence counts; where one does or neither, a share of the accuracy on the whole. One run
-alone has only the evidence.
+Training images are altered in known ways (alterations.py: darker, blurred, grey, ...; two at once), embedded anew by all runs,
+and labelled by the images of other looks only (a look is a cluster of alike images of a class). From these sets, whose truth
+is known, a logistic regression learns how often a label is right, by
+  evidence    of the image: the log odds of its class against all others; and their mean over the set
+  agreement   of the image: how often two random halves of the runs both give its label
+  chance      of its class: how much of the halves' agreement on it is more than chance
+  collapse    of the set: how much oftener than by chance two of its images get the same label
+A set counts as one observation, whatever its size, and once more as the images of a quarter and of half the classes, lest a
+collapse of the labels and few products be mistaken for each other. The interval is of the errors that each alteration gets
+from what is learned without it.
 It is for the labels of the submission, by whatever vote; before there is one, for those of the nearest image.
 
-Reads  what retrieve.py reads and, if it ran, what it writes
+Reads  what retrieve.py reads and, if it ran, what it writes; training images, best.pt of the runs
 Writes output/confidence.csv (filename,prediction,confidence,similarity in the order of the submission), output/expected.json
 
     python scripts/expect.py
@@ -27,12 +28,14 @@ from utils import InputError, accuracy, atomic, file_fingerprint, load_json, pic
 import numpy as np
 import torch
 import torch.nn.functional as F
+from alterations import ALTERATIONS, AlteredImages
 from scipy.special import expit
 from sklearn.isotonic import IsotonicRegression
 from sklearn.linear_model import LogisticRegression
 from sklearn.model_selection import StratifiedKFold, cross_val_score
 
 from dataset import (
+    default_workers,
     encode,
     folds_by,
     has_test,
@@ -45,13 +48,14 @@ from dataset import (
     read_test,
     with_bad,
 )
+from extract import embed, load_model
+from models import fold_batch_norm
 from retrieve import UNKNOWN, grow, load_runs, stamps_of
 from search import Joined, topk
 
 NEIGHBOURS = 100  # looked at for the evidence: enough that several classes are among them
 LOOKS = 5  # a class is split into, where the folds are not by look
 SPLITS = 10  # of the runs into two halves
-LEAST_ERROR = 0.05  # half the interval at least, by the errors measured; see RESULTS.md
 
 
 def parse_args():
@@ -61,10 +65,14 @@ def parse_args():
         "those of the submission, for its labels, or every finished run")
     add("--looks", type=int, default=LOOKS, help="looks a class is split into, where the folds are not by look "
         f"(default {LOOKS})")
+    add("--altered", type=int, default=100, metavar="N", help="training images embedded once more, as they are and altered in "
+        f"{len(ALTERATIONS) - 1} ways (default 100)")
     add("--seed", type=int, default=0, help="of looks and samples (default 0)")
     args = parser.parse_args()
     if args.looks < 2:
         parser.error("--looks must be 2 or more")
+    if args.altered < 2:
+        parser.error("--altered must be 2 or more")
     return args
 
 
@@ -165,14 +173,25 @@ def halves(count):
     return np.unique(drawn ^ drawn[:, :1], axis=0)  # the first run is in the half False
 
 
-def half_votes(runs, labels, device):
-    """The label that each half of the runs gives each test image, by its nearest image: int64 [S, 2, n]."""
+def half_votes(runs, queries, labels, device, own=None, looks=None):
+    """The label that each half of the runs gives each query, of whose embeddings there is an array a run, by its nearest image;
+    not by those of its `own` look [n] of `looks` [N], if given: int64 [S, 2, n]."""
     def nearest(members):
-        return labels[topk(*(Joined([r[split] for r in members]) for split in ("test", "train")), 1, device=device)[1][:, 0]]
+        part = [Joined([arrays[i] for i in members]) for arrays in (queries, [r["train"] for r in runs])]
+        return labels[search_strangers(*part, 1, device, own, looks)[1][:, 0]]
 
-    sides = [[[r for r, side in zip(runs, split, strict=True) if side == which] for which in (False, True)]
-             for split in halves(len(runs))]
-    return np.array([[nearest(half) for half in pair] for pair in sides], np.int64).reshape(-1, 2, len(runs[0]["test"]))
+    sides = [[np.flatnonzero(split == which) for which in (False, True)] for split in halves(len(runs))]
+    return np.array([[nearest(half) for half in pair] for pair in sides], np.int64).reshape(-1, 2, len(queries[0]))
+
+
+def search_strangers(queries, gallery, k, device, own=None, looks=None):
+    """topk, best first, but for rows of the query's `own` look [n] of `looks` [N]."""
+    if own is None:
+        return topk(queries, gallery, k, device=device)
+    similarity, index = topk(queries, gallery, k + int(np.bincount(looks).max()), device=device)
+    similarity = np.where(looks[index] == own[:, None], np.float32(-np.inf), similarity)
+    order = np.argsort(-similarity, 1, kind="stable")[:, :k]
+    return np.take_along_axis(similarity, order, 1), np.take_along_axis(index, order, 1)
 
 
 def beyond_chance(votes, prior):
@@ -193,24 +212,86 @@ def beyond_chance(votes, prior):
     return np.clip(1 - guessed * p * (p - prior) / agreed.clip(min=1e-12), 0, 1)
 
 
-def agreement(votes, said, evidence, kept, runs, level=None):
-    """How likely the labels `said` [n] by so many `runs` are right, [n], and the `level`, their accuracy on the whole. Of the
-    splits in which both halves give this very label the evidence [n] counts, times what `beyond_chance` leaves of its class,
-    `kept` [C]. Where one half does, the label is right `divided` times as often as on the whole, where neither does, half that:
-    shares that were measured (RESULTS.md). By default the level is the mean that comes of it."""
-    count, divided = (votes == said).sum(1), 0.5 + 0.6 / runs
-    sure = (count == 2).mean(0) * evidence * kept[said]
-    rest = divided * ((count == 1).mean(0) + (count == 0).mean(0) / 2)
-    level = sure.mean() / (1 - rest.mean()) if level is None else level
-    return sure + level * rest, level
+def crowding(said, classes):
+    """Log of how much oftener two of the images [n] have one label than if all classes were equally frequent; 0 for one."""
+    count = np.bincount(said, minlength=classes)
+    return np.log((classes * (count * (count - 1.0)).sum() + 1) / (len(said) * (len(said) - 1.0) + 1))
 
 
-def confide(best, calibration, votes, kept, runs, said):
-    """(confidence [n], evidence [n], level) of the labels `said` [n] of test images by so many `runs`: best [n, C] of
-    class_best, votes [S, 2, n] of half_votes. Without votes, of one run, the evidence is all there is."""
-    evidence = probability(best, calibration, said)
-    confidence, level = agreement(votes, said, evidence, kept, runs) if len(votes) else (evidence, evidence.mean())
-    return confidence, evidence, float(level)
+def signs(best, votes, said, sharpness, prior):
+    """What tells of errors, of a set of images [n]: `best` are class_best's [n, C], `votes` those of the halves, `said` the
+    labels. float64 [n, 5], as named above, the two of the whole set last."""
+    both = (votes == said).all(1).mean(0) if len(votes) else np.ones(len(said))
+    odds = log_odds(best, sharpness, said)
+    whole = np.array([odds.mean(), crowding(said, len(prior))])
+    return np.column_stack([odds, both, beyond_chance(votes, prior)[said], np.tile(whole, (len(said), 1))])
+
+
+def learn(sets, prior):
+    """{"sharpness", "weights" [5], "offset"} by the sets of altered_sets: right by expit(signs @ weights + offset)."""
+    sharpness = fit_sharpness(sets[0]["best"], sets[0]["truth"])
+    parts, right = [], []
+    for part in sets:
+        said = part["best"].argmax(1)
+        some = [np.random.default_rng(n).permutation(len(prior))[:max(3, len(prior) // n)] for n in (4, 2)]
+        for keep in [slice(None), *(np.isin(part["truth"], classes) for classes in some)]:
+            if len(said[keep]) > 1:
+                parts.append(signs(part["best"][keep], part["votes"][..., keep], said[keep], sharpness, prior))
+                right.append(said[keep] == part["truth"][keep])
+    weight = np.concatenate([np.full(len(part), 1 / len(part)) for part in parts])
+    x, y = np.concatenate(parts), np.concatenate(right)
+    mean, scale = x.mean(0), x.std(0).clip(min=1e-9)
+    x, y = np.vstack([(x - mean) / scale, np.zeros((2, 5))]), np.append(y, [True, False])  # so that there is one of both
+    model = LogisticRegression(max_iter=1000).fit(x, y, np.append(weight, [1 / len(parts)] * 2))
+    weights = model.coef_[0] / scale
+    return {"sharpness": sharpness, "weights": weights.tolist(), "offset": float(model.intercept_[0] - weights @ mean)}
+
+
+def confide(best, votes, said, learned, prior):
+    """How likely the labels `said` [n] of a set of test images are right [n]."""
+    return expit(signs(best, votes, said, learned["sharpness"], prior) @ learned["weights"] + learned["offset"])
+
+
+def confide_alone(best, votes, calibration):
+    """The same of photographs one by one [n], by what expected.json keeps; "kept" [C] by class number."""
+    said = best.argmax(1)
+    both = (votes == said).all(1).mean(0) if len(votes) else np.ones(len(said))
+    each = np.column_stack([log_odds(best, calibration["sharpness"]), both, calibration["kept"][said]])
+    return expit(each @ calibration["weights"] + calibration["offset"])
+
+
+def altered_sets(runs, part, labels, train, args, device):
+    """Training images, as they are and altered, among those of other looks: a dictionary a set of their alterations' "names",
+    class_best's "best" [n, C], the halves' "votes" [S, 2, n] and the "truth" [n]."""
+    looks = own_looks([runs[0]["train"]], labels, part, args.looks, args.seed)
+    count = [len(np.unique(looks[labels == c])) for c in range(labels.max() + 1)]
+    rows = np.flatnonzero(np.array(count)[labels] > 1)  # others have no image of another look
+    rows = np.sort(np.random.default_rng(args.seed).permutation(rows)[:args.altered])
+    if len(rows) < 2:
+        raise InputError("no class has images of two looks or groups, so nothing tells what to expect of another; without "
+                         "scripts/expect.py the submission is whole")
+    queries, own = [], np.tile(looks[rows], len(ALTERATIONS))
+    for r in runs:
+        stamp = r["stamp"]
+        model = fold_batch_norm(load_model(Path(args.output) / r["name"], device), stamp["sizes"][0])
+        images = AlteredImages(args.input, train["path"].iloc[rows], labels[rows], stamp["sizes"][0], stamp["resize"],
+                               args.seed)
+        queries.append(embed(model, images, device, stamp["precision"], workers=default_workers(),
+                             what=f"{r['name']} altered", sizes=stamp["sizes"]))
+    similarity, index = search_strangers(Joined(queries), Joined([r["train"] for r in runs]), NEIGHBOURS, device, own, looks)
+    best, votes = class_best(similarity, labels[index], labels.max() + 1), half_votes(runs, queries, labels, device, own, looks)
+    return [{"names": names, "best": best[at:at + len(rows)], "votes": votes[..., at:at + len(rows)], "truth": labels[rows]}
+            for at, names in zip(range(0, len(best), len(rows)), ALTERATIONS, strict=True)]
+
+
+def errors(sets, prior):
+    """What is expected of each altered set by what is learned without its alterations, less what is true."""
+    found = []
+    for own in (part for part in sets if part["names"]):
+        learned = learn([part for part in sets if not set(part["names"]) & set(own["names"])], prior)
+        said = own["best"].argmax(1)
+        found.append(confide(own["best"], own["votes"], said, learned, prior).mean() - accuracy(said, own["truth"]))
+    return np.array(found)
 
 
 # ------------------------------------------------------------------------------------------------- baselines, and the shift
@@ -253,30 +334,33 @@ def shift(run_, fold, seed, device):
 # ------------------------------------------------------------------------------------------------------------- the work
 
 
-def expect(runs, fold, part, labels, grown, numbers, args, device, said=None, held=None):
+def expect(runs, fold, part, labels, grown, numbers, sets, args, device, said=None):
     """(confidence [n], class number [n], nearest similarity [n], figures for expected.json) of the labels `said` [n] (default:
-    of the nearest images; so where it is -1); `held` [N]: what the same vote says of the training images out-of-fold.
-    labels: class numbers of the rows of train.csv, which the estimate learns from; grown, numbers: the runs and class numbers
-    of the gallery."""
+    of the nearest images; so where it is -1).
+    labels: class numbers of the rows of train.csv, of which the `sets` of altered_sets are; grown, numbers: the runs and class
+    numbers of the gallery."""
     rows, random, look = out_of_fold(runs, fold, part, labels, labels.max() + 1, device, args.looks, args.seed)
     truth = labels[rows]
-    similarity, index = topk(*(Joined([r[split] for r in grown]) for split in ("test", "train")), NEIGHBOURS, device=device)
+    queries = [r["test"] for r in grown]
+    similarity, index = topk(Joined(queries), Joined([r["train"] for r in grown]), NEIGHBOURS, device=device)
     best = class_best(similarity, numbers[index], numbers.max() + 1)
     nearest = best.argmax(1)
     said = nearest if said is None else np.where(said < 0, nearest, said)
-    votes, calibration = half_votes(grown, numbers, device), calibrate(look, truth)
-    kept = beyond_chance(votes, np.bincount(numbers) / len(numbers))
-    own = calibration if held is None else calibrate(look, truth, held[rows])
-    confidence, evidence, _ = confide(best, own, votes, kept, len(grown), said)
-    calibration |= {"expected": confide(best, calibration, votes, kept, len(grown), nearest)[2], "kept": kept.round(4).tolist()}
-    both = (votes == said).all(1).mean(0) if len(votes) else None
-    spread = 0.0 if both is None else (votes == said).mean() - both.mean()
+    votes, evidence = half_votes(grown, queries, numbers, device), probability(best, calibrate(look, truth), said)
+    prior, own = (np.bincount(n) / len(n) for n in (numbers, labels))
+    learned, error = learn(sets, own), float((errors(sets, own) ** 2).mean() ** 0.5)
+    confidence = confide(best, votes, said, learned, prior)
+    # A photograph alone, as classify.py labels it, is taken for one of these test images:
+    whole = signs(best, votes, nearest, learned["sharpness"], prior)[0, 3:]
+    calibration = learned | {"weights": learned["weights"][:3],
+                             "offset": float(learned["offset"] + whole @ learned["weights"][3:]),
+                             "kept": beyond_chance(votes, prior).round(4).tolist()}
     expected = float(confidence.mean())
-    half = (LEAST_ERROR**2 + spread**2 + 1.64**2 * expected * (1 - expected) / len(confidence)) ** 0.5
+    half = 1.64 * (error**2 + expected * (1 - expected) / len(confidence)) ** 0.5
     sharpness = fit_sharpness(random, truth)
     held, right, test = log_odds(random, sharpness), random.argmax(1) == truth, log_odds(best, sharpness)
     figures = {"expected": expected, "low": max(0.0, expected - half), "high": min(1.0, expected + half),
-               "by_evidence": evidence.mean(), "by_agreement": None if both is None else (both * kept[said]).mean(),
+               "by_evidence": evidence.mean(), "by_agreement": (votes == said).all(1).mean() if len(votes) else None,
                "held_out": right.mean(), "held_out_other_looks": accuracy(look.argmax(1), truth),
                "average_thresholded_confidence": average_thresholded_confidence(held, right, test),
                "difference_of_confidences": difference_of_confidences(expit(held), right, expit(test))}
@@ -287,10 +371,9 @@ def expect(runs, fold, part, labels, grown, numbers, args, device, said=None, he
     return confidence, said, similarity[:, 0], figures
 
 
-def submitted(args, test, trained, classes, grown):
-    """(vote, its class numbers of the test images [n], -1 for rejected ones, and out-of-fold [N] or None) of the submission.
-    Test images have the `classes` of the gallery, training images those of train.csv, `trained`."""
-    output, number, before = Path(args.output), *({label: i for i, label in enumerate(c)} for c in (classes, trained))
+def submitted(args, test, classes, grown):
+    """(vote, its class numbers of the test images [n], -1 for rejected ones) of the submission."""
+    output, number = Path(args.output), {label: i for i, label in enumerate(classes)}
     scores = load_json(output / "scores.json", vote=str)
     table = read_csv(output / "submission.csv", ["filename", "prediction"])
     table = table[table["filename"].isin(test["filename"])].reset_index(drop=True)  # less those in bad_images.csv
@@ -299,11 +382,7 @@ def submitted(args, test, trained, classes, grown):
     if scores.get("stamps") != stamps_of(grown) or not table["filename"].equals(test["filename"]):
         raise InputError(f"{output}/submission.csv is of other runs, embeddings or images than there are now; run retrieve.py "
                          "again")
-    if scores["vote"] == "nearest" or folds_by(output) == "random" or not (output / "oof.csv").exists():
-        held = None  # random folds flatter any vote; then the nearest image's odds against other looks have to do
-    else:
-        held = read_csv(output / "oof.csv", ["path"])["prediction"].map(before).fillna(-1).to_numpy(np.int64)
-    return scores["vote"], table["prediction"].map(number).fillna(-1).to_numpy(np.int64), held
+    return scores["vote"], table["prediction"].map(number).fillna(-1).to_numpy(np.int64)
 
 
 def forget(output):
@@ -324,15 +403,16 @@ def main():
     nearest = args.runs or not scores.exists()
     runs = load_runs(args.output, args.runs if nearest else list(load_json(scores, runs=dict)["runs"]), train, good)
     grown, gallery = grow(runs, args.output, train)
-    (trained, labels), (classes, numbers) = encode(train["label"]), encode(gallery["label"])
-    vote, said, held = ("nearest", None, None) if nearest else submitted(args, good, trained, classes, grown)
+    labels, (classes, numbers) = encode(train["label"])[1], encode(gallery["label"])
+    vote, said = ("nearest", None) if nearest else submitted(args, good, classes, grown)
     forget(args.output)
     if not any(str(r["fold"]).isdecimal() for r in runs):
         print("no run held images out, so nothing is known of the accuracy to expect; train runs of folds, not of 'all'")
         return
     fold = load_folds(args.output, train)
     part = known_looks(args.output, train, fold)
-    confidence, number, similarity, figures = expect(runs, fold, part, labels, grown, numbers, args, device, said, held)
+    sets = altered_sets(runs, part, labels, train, args, device)
+    confidence, number, similarity, figures = expect(runs, fold, part, labels, grown, numbers, sets, args, device, said)
 
     kept = zip(classes, figures["calibration"]["kept"], strict=True)
     figures["calibration"]["kept"] = {label: share for label, share in kept if share < 1}  # by name: products may come or go

@@ -100,22 +100,18 @@ def test_halves_are_different_splits_of_all_runs():
         assert set(split.sum(1)) <= {count // 2, (count + 1) // 2}
 
 
-def test_agreement_is_of_both_halves():
-    labels, train = np.array([0, 1]), np.eye(2, dtype=np.float32)
-    given = [np.eye(2, dtype=np.float32)[np.array(row)] for row in ([0, 0, 1], [0, 1, 1], [0, 0, 0])]
-    runs = [{"train": train, "test": test} for test in given]
-    votes = expect.half_votes(runs, labels, "cpu")
-    # image 1: run 1 is alone; with another it is tied, and the label 0 has the lower index: it says 1 only as a half of its own
-    one = 0.5 + 0.6 / 3
-    assert votes.shape == (3, 2, 3)
-    said, level = expect.agreement(votes, np.array([0, 0, 0]), np.ones(3), np.ones(2), 3)
-    assert np.allclose(said, [1, (2 + one * level) / 3, one * level])
-    assert level == pytest.approx(said.mean())
-    said = expect.agreement(votes, np.array([0, 0, 1]), np.array([0.5, 1, 0.8]), np.array([0.5, 1]), 3, 0.5)[0]
-    assert np.allclose(said, [0.25, (1 + one * 0.5) / 3, one * 0.5])
-    said = expect.agreement(np.array([[[1, 0], [1, 1]]]), np.array([0, 0]), np.ones(2), np.ones(2), 3, 0.5)[0]
-    assert np.allclose(said, [one * 0.25, one * 0.5])
-    assert expect.half_votes(runs[:1], labels, "cpu").shape == (0, 2, 3)
+def test_halves_vote_by_their_nearest_image_not_of_the_own_look():
+    labels, train = np.array([0, 1, 1]), np.float32([[1, 0], [0, 1], [0.6, 0.8]])
+    given = [train[np.array(row)] for row in ([0, 0, 1], [0, 1, 1], [0, 0, 0])]
+    votes = expect.half_votes([{"train": train}] * 3, given, labels, "cpu")
+    # image 1: run 1 is alone; with another it is tied, and then 0.6 + 0.8 of the third image beats 1 + 0
+    assert votes.shape == (3, 2, 3) and votes[..., 0].max() == 0 and sorted(votes[..., 1].ravel()) == [0, 0, 0, 1, 1, 1]
+    strangers = expect.half_votes([{"train": train}] * 3, given, labels, "cpu", np.array([0, 0, 0]), np.arange(3))
+    assert (strangers == 1).all(), "the first image is of the own look"
+    assert expect.half_votes([{"train": train}], given[:1], labels, "cpu").shape == (0, 2, 3)
+    near = expect.search_strangers(train, train, 2, "cpu", np.array([0, 1, 1]), np.array([0, 1, 1]))
+    assert near[1].tolist() == [[2, 1], [0, 1], [0, 2]]
+    assert np.isneginf(near[0]).tolist() == [[False, False], [False, True], [False, True]]
 
 
 @pytest.mark.parametrize("guess", [[0.25] * 4, [0.85, 0.05, 0.05, 0.05], [0.1, 0.2, 0.3, 0.4]])
@@ -134,18 +130,42 @@ def test_agreement_by_chance_is_no_accuracy(guess, known):
     assert expect.beyond_chance(votes[:, :, :1], np.full(4, 0.25)).tolist() == [1] * 4, "one image tells nothing"
 
 
-def test_runs_that_disagree_lower_the_confidence_and_one_run_has_the_evidence():
-    rng = np.random.default_rng(5)
-    best, truth = rng.random((400, 3)).astype(np.float32), rng.integers(0, 3, 400)
-    calibration, said = expect.calibrate(best, truth), best.argmax(1)
-    agreed = np.broadcast_to(said, (10, 2, 400))
-    confidence, evidence, level = expect.confide(best, calibration, agreed, np.ones(3), 10, said)
-    assert np.array_equal(confidence, evidence) and level == pytest.approx(evidence.mean())
-    votes = np.where(rng.random((10, 2, 400)) < 0.8, said, (said + 1) % 3)
-    confidence, evidence, level = expect.confide(best, calibration, votes, np.ones(3), 10, said)
-    assert level == pytest.approx(confidence.mean()) and 0 < level < evidence.mean()
-    alone = expect.confide(best, calibration, votes[:0], np.ones(3), 10, said)
-    assert (alone[0] == evidence).all() and alone[2] == evidence.mean()
+def blurry_set(blur, count=400, classes=8, runs=4, seed=0, collapse=0.0):
+    """Images whose similarities to their class fade with `blur`, and to class 0 grow with `collapse`: as of altered_sets."""
+    rng = np.random.default_rng((seed, int(100 * blur), int(100 * collapse)))
+    truth = rng.integers(0, classes, count)
+    shared, own = rng.normal(size=(count, classes)), rng.normal(size=(runs, count, classes))
+    each = np.eye(classes)[truth] + blur * (0.6 * shared + own) + collapse * np.eye(classes)[0]
+    splits = [(s, ~s) for s in expect.halves(runs)]
+    return {"names": (f"{blur} {collapse}",), "best": each.mean(0).astype(np.float32), "truth": truth,
+            "votes": np.array([[each[half].mean(0).argmax(1) for half in pair] for pair in splits])}
+
+
+@pytest.mark.parametrize("blur, collapse", [(0.55, 0.0), (0.9, 0.0), (0.3, 1.2)])
+def test_what_is_learned_from_altered_sets_holds_on_another(blur, collapse):
+    prior = np.full(8, 1 / 8)
+    sets = [blurry_set(b, collapse=c) for b in (0.0, 0.2, 0.4, 0.7, 1.1) for c in (0.0, 0.5, 1.0, 1.5)]
+    learned, test = expect.learn(sets, prior), blurry_set(blur, seed=1, collapse=collapse)
+    said = test["best"].argmax(1)
+    confidence, right = expect.confide(test["best"], test["votes"], said, learned, prior), said == test["truth"]
+    assert right.mean() < 0.9 and abs(confidence.mean() - right.mean()) < 0.13
+    assert confidence[right].mean() > confidence[~right].mean()
+    held = expect.calibrate(sets[4]["best"], sets[4]["truth"])
+    if collapse:
+        assert expect.probability(test["best"], held).mean() > right.mean() + 0.25, "held-out images do not know collapses"
+    assert np.abs(expect.errors(sets, prior)).mean() < 0.15
+    whole = expect.signs(test["best"], test["votes"], said, learned["sharpness"], prior)[0, 3:]
+    alone = learned | {"weights": learned["weights"][:3], "offset": learned["offset"] + whole @ learned["weights"][3:],
+                       "kept": expect.beyond_chance(test["votes"], prior)}
+    assert np.allclose(expect.confide_alone(test["best"], test["votes"], alone), confidence)
+
+
+def test_crowding_by_hand():
+    assert expect.crowding(np.array([0, 1, 2, 3]), 4) == pytest.approx(np.log(1 / 13))
+    assert expect.crowding(np.array([2]), 4) == 0
+    assert expect.crowding(np.zeros(500, np.int64), 4) == pytest.approx(np.log(4), abs=1e-3)
+    rng = np.random.default_rng(0)
+    assert abs(expect.crowding(rng.integers(0, 4, 20), 4) - expect.crowding(rng.integers(0, 4, 9000), 4)) < 0.3, "of any size"
 
 
 def test_baselines_by_hand():
