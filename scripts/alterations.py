@@ -19,7 +19,7 @@ def warm(image):
 
 def coarse(image):
     height, width = image.shape[1:]
-    return TF.resize(TF.resize(image, [height // 6, width // 6], antialias=True), [height, width])
+    return TF.resize(TF.resize(image, [max(1, height // 6), max(1, width // 6)], antialias=True), [height, width])
 
 
 def covered(image):

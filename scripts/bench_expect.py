@@ -1,8 +1,8 @@
 """How true the expected accuracy is: the test images shifted further in known ways, the expectation beside the accuracy got.
 
 Each shift alters the test photographs of a prepared set with a solution, the finished runs embed them, and scripts/expect.py's
-estimate, which has not learned from that alteration, is compared with the truth; so are two simpler ones and the baselines that
-look at random hold-outs.
+estimate, which has not learned from that alteration, is compared with the truth; so are the evidence of held-out images, how
+often halves of the runs agree, and the baselines that look at random hold-outs.
 Reads  what scripts/expect.py reads, input/solution.csv, best.pt of the runs
 Writes OUTPUT/expected.csv, a line a shift
 
@@ -36,7 +36,11 @@ def parse_args():
     add("--looks", type=int, default=5, help="see scripts/expect.py (default 5)")
     add("--altered", type=int, default=100, help="see scripts/expect.py (default 100)")
     add("--seed", type=int, default=0, help="of the test images and looks (default 0)")
-    return parser.parse_args()
+    add("--workers", type=int, default=default_workers(), help="loader processes (default min(16, cores - 1))")
+    args = parser.parse_args()
+    if min(args.altered, args.looks) < 2 or args.n < 1 or args.workers < 0:
+        parser.error("--altered and --looks must be 2 or more, --n 1 or more, --workers 0 or more")
+    return args
 
 
 def main():
@@ -50,17 +54,17 @@ def main():
     runs, fold = load_runs(args.output, args.runs, train, test), load_folds(args.output, train)
     part = known_looks(args.output, train, fold)
     picked = np.sort(np.random.default_rng(args.seed).permutation(len(test))[:args.n])
-    sets, rows = altered_sets(runs, part, labels, train, args, device), []
+    (sets, prior), rows = altered_sets(runs, part, labels, train, args, device), []
     for shift in args.shifts:
         shifted = []
         for r in runs:
             model, stamp = load_model(Path(args.output) / r["name"], device), r["stamp"]
             images = Images(Path(args.input) / "test", test["filename"].iloc[picked], np.zeros(len(picked), np.int64),
                             stamp["sizes"][0], stamp["resize"], Altered([] if shift == "none" else [shift]), args.seed)
-            embedded = embed(model, images, device, stamp["precision"], workers=default_workers(), sizes=stamp["sizes"])
+            embedded = embed(model, images, device, stamp["precision"], workers=args.workers, sizes=stamp["sizes"])
             shifted.append(r | {"test": embedded})
         _, number, _, figures = expect(shifted, fold, part, labels, shifted, labels,
-                                         [s for s in sets if shift not in s["names"]], args, device)
+                                         [s for s in sets if shift not in s["names"]], prior, args, device)
         right = np.array(classes, object)[number] == truth[picked]
         del figures["calibration"], figures["runs"]
         rows.append({"shift": shift, "true": round(float(right.mean()), 4), **figures})

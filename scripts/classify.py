@@ -123,11 +123,20 @@ def load_calibration(args, train, trained, classes, device):
     expected = load_json(file, runs=dict, calibration=dict) if file.exists() else {"runs": None}
     same = expected["runs"] == {r["name"]: stamps_of([r]) for r in trained}
     if same and "weights" in expected["calibration"]:  # which an earlier version did not write
-        kept = expected["calibration"]["kept"]
-        return expected["calibration"] | {"kept": np.array([kept.get(label, 1.0) for label in classes])}
+        try:
+            found, kept = expected["calibration"], expected["calibration"]["kept"]
+            found = {name: np.asarray(found[name], float) for name in ("sharpness", "weights", "offset")}
+            found["kept"] = np.array([float(kept.get(label, 1.0)) for label in classes])
+            if found["weights"].shape != (3,) or found["offset"].ndim or found["sharpness"].ndim:
+                raise ValueError("not three weights, an offset and a sharpness")
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
+            raise InputError(f"{file} is not what scripts/expect.py wrote ({error}); run it again") from None
+        return found
     if any(str(r["fold"]).isdecimal() for r in trained):
         labels, fold = encode(train["label"])[1], load_folds(args.output, train)
         rows, _, look = out_of_fold(trained, fold, known_looks(args.output, train, fold), labels, labels.max() + 1, device)
+        print("confidences are those of photographs like the training ones; scripts/expect.py makes them those of the test "
+              "images", file=sys.stderr)
         return calibrate(look, labels[rows])
     print("no confidence: no run held images out", file=sys.stderr)
     return None

@@ -7,28 +7,41 @@ is known, a logistic regression learns how often a label is right, by
   agreement   of the image: how often two random halves of the runs both give its label
   chance      of its class: how much of the halves' agreement on it is more than chance
   collapse    of the set: how much oftener than by chance two of its images get the same label
-A set counts as one observation, whatever its size, and once more as the images of a quarter and of half the classes, lest a
-collapse of the labels and few products be mistaken for each other. The interval is of the errors that each alteration gets
-from what is learned without it.
+A set counts as one observation, whatever its size, and once more each as the images of a quarter and of half the classes, lest
+a collapse of the labels and few products be mistaken for each other. The interval is as wide as the errors on the alterations
+when each is left out of what is learned.
 It is for the labels of the submission, by whatever vote; before there is one, for those of the nearest image.
 
 Reads  what retrieve.py reads and, if it ran, what it writes; training images, best.pt of the runs
-Writes output/confidence.csv (filename,prediction,confidence,similarity in the order of the submission), output/expected.json
+Writes output/confidence.csv (filename,prediction,confidence,similarity in the order of the submission), output/expected.json,
+       output/altered.npz
 
     python scripts/expect.py
     python scripts/expect.py --input input/demo --output output/demo
 """
 
+import json
 import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from utils import InputError, accuracy, atomic, file_fingerprint, load_json, pick_device, run, save_json, script_parser
+from utils import (
+    InputError,
+    accuracy,
+    atomic,
+    file_fingerprint,
+    load_json,
+    load_npz,
+    pick_device,
+    pick_precision,
+    run,
+    save_json,
+    script_parser,
+)
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from alterations import ALTERATIONS, AlteredImages
 from scipy.special import expit
 from sklearn.isotonic import IsotonicRegression
 from sklearn.linear_model import LogisticRegression
@@ -48,7 +61,7 @@ from dataset import (
     read_test,
     with_bad,
 )
-from extract import embed, load_model
+from extract import embed, load_model, pick_batch_size
 from models import fold_batch_norm
 from retrieve import UNKNOWN, grow, load_runs, stamps_of
 from search import Joined, topk
@@ -66,13 +79,14 @@ def parse_args():
     add("--looks", type=int, default=LOOKS, help="looks a class is split into, where the folds are not by look "
         f"(default {LOOKS})")
     add("--altered", type=int, default=100, metavar="N", help="training images embedded once more, as they are and altered in "
-        f"{len(ALTERATIONS) - 1} ways (default 100)")
+        "21 ways (default 100)")
+    add("--workers", type=int, default=default_workers(), help="loader processes (default min(16, cores - 1))")
     add("--seed", type=int, default=0, help="of looks and samples (default 0)")
     args = parser.parse_args()
     if args.looks < 2:
         parser.error("--looks must be 2 or more")
-    if args.altered < 2:
-        parser.error("--altered must be 2 or more")
+    if args.altered < 2 or args.workers < 0:
+        parser.error("--altered must be 2 or more, --workers 0 or more")
     return args
 
 
@@ -212,10 +226,11 @@ def beyond_chance(votes, prior):
     return np.clip(1 - guessed * p * (p - prior) / agreed.clip(min=1e-12), 0, 1)
 
 
-def crowding(said, classes):
-    """Log of how much oftener two of the images [n] have one label than if all classes were equally frequent; 0 for one."""
-    count = np.bincount(said, minlength=classes)
-    return np.log((classes * (count * (count - 1.0)).sum() + 1) / (len(said) * (len(said) - 1.0) + 1))
+def crowding(said, prior):
+    """Log of how much oftener two of the images [n] have one label than if all classes with a `prior` were equally frequent,
+    counting one pair more of each, lest few images tell much; 0 for one image."""
+    pairs, count = len(said) * (len(said) - 1.0), np.bincount(said)
+    return np.log(((count * (count - 1.0)).sum() + 2) / (pairs / np.count_nonzero(prior) + 2))
 
 
 def signs(best, votes, said, sharpness, prior):
@@ -223,7 +238,7 @@ def signs(best, votes, said, sharpness, prior):
     labels. float64 [n, 5], as named above, the two of the whole set last."""
     both = (votes == said).all(1).mean(0) if len(votes) else np.ones(len(said))
     odds = log_odds(best, sharpness, said)
-    whole = np.array([odds.mean(), crowding(said, len(prior))])
+    whole = np.array([odds.mean(), crowding(said, prior)])
     return np.column_stack([odds, both, beyond_chance(votes, prior)[said], np.tile(whole, (len(said), 1))])
 
 
@@ -233,7 +248,8 @@ def learn(sets, prior):
     parts, right = [], []
     for part in sets:
         said = part["best"].argmax(1)
-        some = [np.random.default_rng(n).permutation(len(prior))[:max(3, len(prior) // n)] for n in (4, 2)]
+        some = [np.random.default_rng(n).permutation(np.flatnonzero(prior)) for n in (4, 2)]
+        some = [classes[:max(3, len(classes) // n)] for n, classes in zip((4, 2), some, strict=True)]
         for keep in [slice(None), *(np.isin(part["truth"], classes) for classes in some)]:
             if len(said[keep]) > 1:
                 parts.append(signs(part["best"][keep], part["votes"][..., keep], said[keep], sharpness, prior))
@@ -262,26 +278,36 @@ def confide_alone(best, votes, calibration):
 
 def altered_sets(runs, part, labels, train, args, device):
     """Training images, as they are and altered, among those of other looks: a dictionary a set of their alterations' "names",
-    class_best's "best" [n, C], the halves' "votes" [S, 2, n] and the "truth" [n]."""
+    class_best's "best" [n, C], the halves' "votes" [S, 2, n] and the "truth" [n]; and how frequent their classes are [C].
+    Their embeddings are kept in output/altered.npz, since another processor's differ by rounding."""
+    from alterations import ALTERATIONS, AlteredImages  # torchvision takes seconds, and classify.py needs none
+
     looks = own_looks([runs[0]["train"]], labels, part, args.looks, args.seed)
     count = [len(np.unique(looks[labels == c])) for c in range(labels.max() + 1)]
     rows = np.flatnonzero(np.array(count)[labels] > 1)  # others have no image of another look
+    prior = np.bincount(labels[rows], minlength=labels.max() + 1) / max(1, len(rows))
     rows = np.sort(np.random.default_rng(args.seed).permutation(rows)[:args.altered])
     if len(rows) < 2:
         raise InputError("no class has images of two looks or groups, so nothing tells what to expect of another; without "
-                         "scripts/expect.py the submission is whole")
-    queries, own = [], np.tile(looks[rows], len(ALTERATIONS))
-    for r in runs:
-        stamp = r["stamp"]
-        model = fold_batch_norm(load_model(Path(args.output) / r["name"], device), stamp["sizes"][0])
-        images = AlteredImages(args.input, train["path"].iloc[rows], labels[rows], stamp["sizes"][0], stamp["resize"],
-                               args.seed)
-        queries.append(embed(model, images, device, stamp["precision"], workers=default_workers(),
-                             what=f"{r['name']} altered", sizes=stamp["sizes"]))
+                         "scripts/expect.py the submission is complete")
+    file, own = Path(args.output) / "altered.npz", np.tile(looks[rows], len(ALTERATIONS))
+    key = json.dumps([stamps_of(runs), train["path"].iloc[rows].tolist(), ALTERATIONS, args.seed])
+    kept = load_npz(file, "delete it, it is made anew") if file.exists() else {}
+    if str(kept.get("key")) != key:
+        kept = {"key": key}
+        for r in runs:
+            size, *_ = sizes = r["stamp"]["sizes"]
+            model = fold_batch_norm(load_model(Path(args.output) / r["name"], device), size)
+            images = AlteredImages(args.input, train["path"].iloc[rows], labels[rows], size, r["stamp"]["resize"], args.seed)
+            kept[r["name"]] = embed(model, images, device, pick_precision(r["stamp"]["precision"], device),
+                                    pick_batch_size(device), args.workers, f"{r['name']} altered", sizes)
+        with atomic(file) as temporary, open(temporary, "wb") as opened:
+            np.savez(opened, **kept)
+    queries = [kept[r["name"]] for r in runs]
     similarity, index = search_strangers(Joined(queries), Joined([r["train"] for r in runs]), NEIGHBOURS, device, own, looks)
     best, votes = class_best(similarity, labels[index], labels.max() + 1), half_votes(runs, queries, labels, device, own, looks)
     return [{"names": names, "best": best[at:at + len(rows)], "votes": votes[..., at:at + len(rows)], "truth": labels[rows]}
-            for at, names in zip(range(0, len(best), len(rows)), ALTERATIONS, strict=True)]
+            for at, names in zip(range(0, len(best), len(rows)), ALTERATIONS, strict=True)], prior
 
 
 def errors(sets, prior):
@@ -334,11 +360,11 @@ def shift(run_, fold, seed, device):
 # ------------------------------------------------------------------------------------------------------------- the work
 
 
-def expect(runs, fold, part, labels, grown, numbers, sets, args, device, said=None):
+def expect(runs, fold, part, labels, grown, numbers, sets, own, args, device, said=None):
     """(confidence [n], class number [n], nearest similarity [n], figures for expected.json) of the labels `said` [n] (default:
     of the nearest images; so where it is -1).
-    labels: class numbers of the rows of train.csv, of which the `sets` of altered_sets are; grown, numbers: the runs and class
-    numbers of the gallery."""
+    labels: class numbers of the rows of train.csv, of which the `sets` of altered_sets are, of classes as frequent as `own`;
+    grown, numbers: the runs and class numbers of the gallery."""
     rows, random, look = out_of_fold(runs, fold, part, labels, labels.max() + 1, device, args.looks, args.seed)
     truth = labels[rows]
     queries = [r["test"] for r in grown]
@@ -347,7 +373,7 @@ def expect(runs, fold, part, labels, grown, numbers, sets, args, device, said=No
     nearest = best.argmax(1)
     said = nearest if said is None else np.where(said < 0, nearest, said)
     votes, evidence = half_votes(grown, queries, numbers, device), probability(best, calibrate(look, truth), said)
-    prior, own = (np.bincount(n) / len(n) for n in (numbers, labels))
+    prior = np.bincount(numbers) / len(numbers)
     learned, error = learn(sets, own), float((errors(sets, own) ** 2).mean() ** 0.5)
     confidence = confide(best, votes, said, learned, prior)
     # A photograph alone, as classify.py labels it, is taken for one of these test images:
@@ -405,14 +431,15 @@ def main():
     grown, gallery = grow(runs, args.output, train)
     labels, (classes, numbers) = encode(train["label"])[1], encode(gallery["label"])
     vote, said = ("nearest", None) if nearest else submitted(args, good, classes, grown)
-    forget(args.output)
     if not any(str(r["fold"]).isdecimal() for r in runs):
+        forget(args.output)
         print("no run held images out, so nothing is known of the accuracy to expect; train runs of folds, not of 'all'")
         return
     fold = load_folds(args.output, train)
     part = known_looks(args.output, train, fold)
     sets = altered_sets(runs, part, labels, train, args, device)
-    confidence, number, similarity, figures = expect(runs, fold, part, labels, grown, numbers, sets, args, device, said)
+    confidence, number, similarity, figures = expect(runs, fold, part, labels, grown, numbers, *sets, args, device, said)
+    forget(args.output)
 
     kept = zip(classes, figures["calibration"]["kept"], strict=True)
     figures["calibration"]["kept"] = {label: share for label, share in kept if share < 1}  # by name: products may come or go

@@ -9,10 +9,14 @@ from utils import InputError, load_json, save_json
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 from conftest import ROOT, script
+
+from dataset import Images
 
 sys.path.insert(0, str(ROOT / "scripts"))
 import expect
+from alterations import ALTERATIONS, AlteredImages
 
 
 def test_evidence_by_hand():
@@ -160,12 +164,28 @@ def test_what_is_learned_from_altered_sets_holds_on_another(blur, collapse):
     assert np.allclose(expect.confide_alone(test["best"], test["votes"], alone), confidence)
 
 
+def test_altered_images_go_alteration_by_alteration(data):
+    paths = pd.read_csv(data / "train.csv")["path"][:2]
+    images, plain = AlteredImages(data, paths, [0, 1], 48, "squash", 0), Images(data, paths, [0, 1], 48)
+    at = {names: i for i, names in enumerate(ALTERATIONS)}
+    assert len(images) == 2 * len(ALTERATIONS) and torch.equal(images[1][0], plain[1][0])
+    grey, label = images[2 * at["grey",] + 1]
+    assert label == 1 and torch.equal(grey[0], grey[1]) and not torch.equal(images[2 * at["dark",]][0], plain[0][0])
+    both = images[2 * at["grey", "turned"]][0]
+    assert torch.equal(both[0], both[2]) and torch.equal(both, images[2 * at["grey", "turned"]][0]), "the same each time"
+    assert images.at(32)[2 * at["grey",] + 1][0].shape == (3, 32, 32)
+
+
 def test_crowding_by_hand():
-    assert expect.crowding(np.array([0, 1, 2, 3]), 4) == pytest.approx(np.log(1 / 13))
-    assert expect.crowding(np.array([2]), 4) == 0
-    assert expect.crowding(np.zeros(500, np.int64), 4) == pytest.approx(np.log(4), abs=1e-3)
+    assert expect.crowding(np.array([0, 1, 2, 3]), np.ones(4)) == pytest.approx(np.log(2 / 5))
+    assert expect.crowding(np.array([2]), np.ones(4)) == 0
+    assert expect.crowding(np.zeros(500, np.int64), np.ones(4)) == pytest.approx(np.log(4), abs=1e-3)
     rng = np.random.default_rng(0)
-    assert abs(expect.crowding(rng.integers(0, 4, 20), 4) - expect.crowding(rng.integers(0, 4, 9000), 4)) < 0.3, "of any size"
+    for classes in (4, 1000):
+        for count in (10, 100, 9000):
+            found = [expect.crowding(rng.integers(0, classes, count), np.ones(classes)) for _ in range(20)]
+            assert np.abs(np.median(found)) < 0.3, "of any size"
+            assert np.max(np.abs(found)) < 2, "few images do not tell much"
 
 
 def test_baselines_by_hand():

@@ -51,6 +51,10 @@ def test_a_photo_is_labelled_as_in_the_submission(data, output):
     assert all(0 < row["confidence"] < 1 for row in mine)  # expected.json is of both: that of held-out images counts
     script("scripts/expect.py", *flags, *alone)
     mine = json.loads(script("scripts/classify.py", data / "test", *flags, *alone, "--json").stdout)
+    expected = load_json(output / "expected.json")
+    for wrong in ({"weights": [1, 2]}, {"kept": [0.5]}, {"offset": "none"}):
+        save_json(output / "expected.json", expected | {"calibration": expected["calibration"] | wrong})
+        assert "run it again" in script("scripts/classify.py", data / "test", *flags, *alone, code=2).stderr
     theirs = pd.read_csv(output / "confidence.csv").set_index("filename")["confidence"]
     assert all(row["confidence"] == pytest.approx(theirs[Path(row["photo"]).name], abs=2e-3) for row in mine)
     script("scripts/expect.py", *flags)
