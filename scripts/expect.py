@@ -464,6 +464,8 @@ def main():
           f"test images expect {figures['expected']:.2f} ({figures['low']:.2f}-{figures['high']:.2f}) of the vote {vote}")
     print(f"test images are told from held-out training images with accuracy {figures['told_apart'] or 0.5:.2f} (0.50: they "
           f"look alike); nearest image at {figures['similarity_test']:.2f}, held out {figures['similarity_held_out']:.2f}")
+    if any(r["stamp"].get("adapt_bn") for r in runs):
+        print("the test images were embedded with --adapt-bn and the altered training images without: it fits them less")
     if any(load_json(Path(args.output) / r["name"] / "args.json").get("pseudo") for r in runs):
         print("these runs trained on confident test images: their expectation confirms itself, that of the round before counts")
     least = table.sort_values("similarity", kind="stable").head(5)
