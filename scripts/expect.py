@@ -226,6 +226,11 @@ def beyond_chance(votes, prior):
     return np.clip(1 - guessed * p * (p - prior) / agreed.clip(min=1e-12), 0, 1)
 
 
+def agreement(votes, said):
+    """How often both halves give the labels `said` [n]: 0..1 [n]; 1 where there is one run."""
+    return (votes == said).all(1).mean(0) if len(votes) else np.ones(len(said))
+
+
 def crowding(said, prior):
     """Log of how much oftener two of the images [n] have one label than if all classes with a `prior` were equally frequent,
     counting one pair more of each, lest few images tell much; 0 for one image."""
@@ -236,10 +241,9 @@ def crowding(said, prior):
 def signs(best, votes, said, sharpness, prior):
     """What tells of errors, of a set of images [n]: `best` are class_best's [n, C], `votes` those of the halves, `said` the
     labels. float64 [n, 5], as named above, the two of the whole set last."""
-    both = (votes == said).all(1).mean(0) if len(votes) else np.ones(len(said))
     odds = log_odds(best, sharpness, said)
     whole = np.array([odds.mean(), crowding(said, prior)])
-    return np.column_stack([odds, both, beyond_chance(votes, prior)[said], np.tile(whole, (len(said), 1))])
+    return np.column_stack([odds, agreement(votes, said), beyond_chance(votes, prior)[said], np.tile(whole, (len(said), 1))])
 
 
 def learn(sets, prior):
@@ -271,8 +275,7 @@ def confide(best, votes, said, learned, prior):
 def confide_alone(best, votes, calibration):
     """The same of photographs one by one [n], by what expected.json keeps; "kept" [C] by class number."""
     said = best.argmax(1)
-    both = (votes == said).all(1).mean(0) if len(votes) else np.ones(len(said))
-    each = np.column_stack([log_odds(best, calibration["sharpness"]), both, calibration["kept"][said]])
+    each = np.column_stack([log_odds(best, calibration["sharpness"]), agreement(votes, said), calibration["kept"][said]])
     return expit(each @ calibration["weights"] + calibration["offset"])
 
 
@@ -386,7 +389,7 @@ def expect(runs, fold, part, labels, grown, numbers, sets, own, args, device, sa
     sharpness = fit_sharpness(random, truth)
     held, right, test = log_odds(random, sharpness), random.argmax(1) == truth, log_odds(best, sharpness)
     figures = {"expected": expected, "low": max(0.0, expected - half), "high": min(1.0, expected + half),
-               "by_evidence": evidence.mean(), "by_agreement": (votes == said).all(1).mean() if len(votes) else None,
+               "by_evidence": evidence.mean(), "by_agreement": agreement(votes, said).mean() if len(votes) else None,
                "held_out": right.mean(), "held_out_other_looks": accuracy(look.argmax(1), truth),
                "average_thresholded_confidence": average_thresholded_confidence(held, right, test),
                "difference_of_confidences": difference_of_confidences(expit(held), right, expit(test))}
