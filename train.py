@@ -14,6 +14,7 @@ import json
 import math
 import os
 import time
+from contextlib import nullcontext
 from pathlib import PurePosixPath
 
 from utils import (
@@ -65,7 +66,7 @@ from dataset import (
     train_fingerprint,
 )
 from extract import embed, embed_shared, is_finished, pick_batch_size, run_folder
-from models import Model, class_weights, fold_batch_norm, freeze, join_batch_norm, load_weights, loss_sum
+from models import Model, QuickDepthwise, class_weights, fold_batch_norm, freeze, join_batch_norm, load_weights, loss_sum
 from search import topk
 
 # Free to change on a resume:
@@ -215,9 +216,10 @@ def make_backward(model, scaler, weights, args, device, precision):
     """The function backward(images, labels, total, others, share): adds to the gradients those of the loss of a part of a
     batch, `total` being the whole batch's divisor, and returns that loss. On a GPU it is a Graphed where that can be."""
     smoothing = args.label_smoothing if args.head == "softmax" else 0.0
+    quick = QuickDepthwise() if device.type == "cpu" and precision != "fp32" else nullcontext()
 
     def backward(images, labels, total, others=None, share=1.0):
-        with autocast(device, precision):
+        with autocast(device, precision), quick:
             embedded = model(images)
         loss = share * loss_sum(model.head(embedded, labels), labels, weights, smoothing)
         if share < 1:

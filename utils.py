@@ -207,7 +207,7 @@ def pick_device(name="auto", deterministic=False):
 
 def pick_precision(name, device, training=False):
     """'fp32', 'bf16' or 'fp16'. 'auto' takes bf16 where the hardware has it, fp16 on older cards, else fp32. On a CPU without
-    matrix units (AMX) training in bf16 is slower than in fp32 (scripts/RESULTS.md, 'What did not work'), embedding faster."""
+    matrix units (AMX) training in bf16 is no faster than in fp32 (scripts/RESULTS.md, 'Beside their limits'), embedding is."""
     if name != "auto":
         return name
     if device.type == "cuda":

@@ -2,6 +2,7 @@
 
 import json
 import math
+from contextlib import nullcontext
 
 from utils import InputError
 
@@ -11,7 +12,7 @@ import timm
 import torch
 from conftest import ROOT
 
-from models import ArcFace, GeM, Model, add_margin, build, fold_batch_norm, freeze, gem, load_weights
+from models import ArcFace, GeM, Model, QuickDepthwise, add_margin, build, fold_batch_norm, freeze, gem, load_weights
 
 LISTS = ROOT / "../shared/data/original/state_dicts.json"
 
@@ -148,6 +149,27 @@ def test_frozen_layers_keep_weights_and_statistics(arch):
     freeze(other, 0)
     with pytest.raises(InputError, match="no layer groups"):
         freeze(other, 1)
+
+
+@pytest.mark.parametrize("groups, kernel, stride, quick",
+                         [(8, 3, 2, True), (8, 5, 1, True), (8, 3, 1, False), (1, 3, 2, False), (2, 5, 2, False)])
+def test_quick_depthwise_backward_gives_the_gradients_of_bfloat16(groups, kernel, stride, quick):
+    torch.manual_seed(0)
+    conv = torch.nn.Conv2d(8, 8, kernel, stride, kernel // 2, groups=groups, bias=False)
+    x, grad = torch.randn(4, 8, 12, 12, requires_grad=True), torch.randn(4, 8, 12 // stride, 12 // stride)
+    found = []
+    for mode in (nullcontext(), QuickDepthwise()):
+        x.grad = conv.weight.grad = None
+        with torch.autocast("cpu", torch.bfloat16), mode:
+            y = conv(x)
+        y.backward(grad.to(y.dtype))
+        found.append((y, x.grad, conv.weight.grad))
+    assert ("DepthwiseConv" in y.grad_fn.name()) == quick and y.dtype == torch.bfloat16
+    for plain, mine in zip(*found, strict=True):
+        assert plain.dtype == mine.dtype and (plain - mine).norm() < 0.01 * plain.norm()
+    assert torch.equal(found[0][0], found[1][0]), "the forward pass is the same"
+    with torch.no_grad(), QuickDepthwise():
+        assert torch.equal(conv(x), conv(x).detach())
 
 
 def test_lite_weights_are_the_package_s_and_normalised_to_pm1():
