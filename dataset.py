@@ -688,12 +688,14 @@ class Images(Dataset):
         whole = zlib.crc32(record[:-4]) == int.from_bytes(record[-4:].tobytes(), "little")
         return record[:-4].reshape(self.size, self.size, 3) if whole else None
 
+    def decoded(self, row):
+        """uint8 [size, size, 3], from the cache or else from the file."""
+        image = self.cached(row) if self.rows[row] >= 0 else None
+        return load_image(self.folder / self.names[row], self.size, self.how) if image is None else image
+
     def __getitem__(self, item):
         epoch, row = item if isinstance(item, tuple) else (0, item)
-        image = self.cached(row) if self.rows[row] >= 0 else None
-        if image is None:
-            image = load_image(self.folder / self.names[row], self.size, self.how)
-        image = torch.from_numpy(image).permute(2, 0, 1)
+        image = torch.from_numpy(self.decoded(row)).permute(2, 0, 1)
         if self.augment:
             with torch.random.fork_rng(devices=[]):
                 state = np.random.SeedSequence((self.seed, epoch, row)).generate_state(1, np.uint64)

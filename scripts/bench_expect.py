@@ -30,11 +30,12 @@ def parse_args():
     parser = script_parser(__doc__)
     add = parser.add_argument
     add("--runs", nargs="+", metavar="ARCH/foldK", help="runs to join; default: every finished run")
-    add("--shifts", nargs="+", choices=["none", *SHIFTS], default=["none", *SHIFTS], metavar="SHIFT",
-        help=f"default all: none, {', '.join(SHIFTS)}")
+    few = ["none", *list(SHIFTS)[:11]]
+    add("--shifts", nargs="+", choices=["none", *SHIFTS], default=few, metavar="SHIFT", help=f"default {' '.join(few)}; "
+        f"there are also {', '.join(list(SHIFTS)[11:])}")
     add("--n", type=int, default=600, help="test images, drawn at random (default 600)")
     add("--looks", type=int, default=5, help="see scripts/expect.py (default 5)")
-    add("--altered", type=int, default=100, help="see scripts/expect.py (default 100)")
+    add("--altered", type=int, default=60, help="see scripts/expect.py (default 60)")
     add("--seed", type=int, default=0, help="of the test images and looks (default 0)")
     add("--workers", type=int, default=default_workers(), help="loader processes (default min(16, cores - 1))")
     args = parser.parse_args()

@@ -78,8 +78,8 @@ def parse_args():
         "those of the submission, for its labels, or every finished run")
     add("--looks", type=int, default=LOOKS, help="looks a class is split into, where the folds are not by look "
         f"(default {LOOKS})")
-    add("--altered", type=int, default=100, metavar="N", help="training images embedded once more, as they are and altered in "
-        "21 ways (default 100)")
+    add("--altered", type=int, default=60, metavar="N", help="training images embedded once more, as they are and altered in "
+        "64 ways (default 60)")
     add("--workers", type=int, default=default_workers(), help="loader processes (default min(16, cores - 1))")
     add("--seed", type=int, default=0, help="of looks and samples (default 0)")
     args = parser.parse_args()

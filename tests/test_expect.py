@@ -16,7 +16,7 @@ from dataset import Images
 
 sys.path.insert(0, str(ROOT / "scripts"))
 import expect
-from alterations import ALTERATIONS, AlteredImages
+from alterations import ALTERATIONS, SHIFTS, AlteredImages
 
 
 def test_evidence_by_hand():
@@ -171,9 +171,20 @@ def test_altered_images_go_alteration_by_alteration(data):
     assert len(images) == 2 * len(ALTERATIONS) and torch.equal(images[1][0], plain[1][0])
     grey, label = images[2 * at["grey",] + 1]
     assert label == 1 and torch.equal(grey[0], grey[1]) and not torch.equal(images[2 * at["dark",]][0], plain[0][0])
-    both = images[2 * at["grey", "turned"]][0]
-    assert torch.equal(both[0], both[2]) and torch.equal(both, images[2 * at["grey", "turned"]][0]), "the same each time"
+    both = images[2 * at["grey", "shadowed"]][0]
+    assert torch.equal(both[0], both[2]) and torch.equal(both, images[2 * at["grey", "shadowed"]][0]), "the same each time"
     assert images.at(32)[2 * at["grey",] + 1][0].shape == (3, 32, 32)
+    assert torch.equal(images[1][0], plain[1][0]), "no alteration writes into what is kept"
+
+
+@pytest.mark.parametrize("name", SHIFTS)
+def test_an_alteration_changes_the_pixels_and_nothing_else(name):
+    for side in (50, 64, 97):
+        image = torch.randint(256, (3, side, side), dtype=torch.uint8, generator=torch.Generator().manual_seed(side))
+        before = image.clone()
+        altered = SHIFTS[name](image)
+        assert altered.shape == image.shape and altered.dtype == torch.uint8 and torch.equal(image, before)
+        assert not torch.equal(altered, image)
 
 
 def test_crowding_by_hand():
