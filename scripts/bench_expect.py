@@ -25,14 +25,15 @@ from dataset import Images, default_workers, encode, load_folds, load_test, load
 from extract import embed, load_model
 from retrieve import load_runs
 
+FEW = ["none", "dark", "blurred", "coarse", "zoomed", "noisy", "warm", "turned", "covered", "jpeg", "grey", "pale"]
+
 
 def parse_args():
     parser = script_parser(__doc__)
     add = parser.add_argument
     add("--runs", nargs="+", metavar="ARCH/foldK", help="runs to join; default: every finished run")
-    few = ["none", *list(SHIFTS)[:11]]
-    add("--shifts", nargs="+", choices=["none", *SHIFTS], default=few, metavar="SHIFT", help=f"default {' '.join(few)}; "
-        f"there are also {', '.join(list(SHIFTS)[11:])}")
+    add("--shifts", nargs="+", choices=["none", *SHIFTS], default=FEW, metavar="SHIFT",
+        help=f"default {' '.join(FEW)}; there are also {', '.join(name for name in SHIFTS if name not in FEW)}")
     add("--n", type=int, default=600, help="test images, drawn at random (default 600)")
     add("--looks", type=int, default=5, help="see scripts/expect.py (default 5)")
     add("--altered", type=int, default=60, help="see scripts/expect.py (default 60)")
