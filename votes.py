@@ -5,6 +5,8 @@ Inductive votes label a query by itself. Transductive ones use that all queries 
 from the queries' own clusters, and a query's label depends on which others came with it.
 """
 
+import warnings
+
 from utils import new_npy, normalise
 
 import numpy as np
@@ -179,11 +181,13 @@ def propagation(similarity, index, labels, classes, damping=0.9, power=3.0, roun
     nodes, known = len(index), len(labels)
     weight = torch.from_numpy(similarity).clamp(min=0).pow(power).flatten()
     row, column = torch.arange(nodes).repeat_interleave(index.shape[1]), torch.from_numpy(index).flatten()
-    edges = torch.sparse_coo_tensor(torch.stack([torch.cat([row, column]), torch.cat([column, row])]),
-                                    torch.cat([weight, weight]), (nodes, nodes)).coalesce()
-    degree = torch.zeros(nodes).index_add_(0, edges.indices()[0], edges.values()).clamp(min=1e-12).rsqrt()
-    value = edges.values() * degree[edges.indices()[0]] * degree[edges.indices()[1]]
-    graph = torch.sparse_coo_tensor(edges.indices(), value, edges.shape, is_coalesced=True).to_sparse_csr()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # sparse tensors are "in beta", their invariants not checked
+        edges = torch.sparse_coo_tensor(torch.stack([torch.cat([row, column]), torch.cat([column, row])]),
+                                        torch.cat([weight, weight]), (nodes, nodes)).coalesce()
+        degree = torch.zeros(nodes).index_add_(0, edges.indices()[0], edges.values()).clamp(min=1e-12).rsqrt()
+        value = edges.values() * degree[edges.indices()[0]] * degree[edges.indices()[1]]
+        graph = torch.sparse_coo_tensor(edges.indices(), value, edges.shape, is_coalesced=True).to_sparse_csr()
     scores = torch.empty(nodes - known, classes)
     for first in range(0, classes, columns):
         width = min(columns, classes - first)

@@ -266,6 +266,7 @@ def test_centring_of_a_single_query_takes_the_joint_mean(tmp_path):
     assert said[0]["centring"].tolist() == [2]
 
 
+@pytest.mark.filterwarnings("error")
 def test_propagation_equals_the_closed_form():
     """Zhou's fixed point (1 - a) (I - a S)^-1 Y on a small graph; and a chain hands a label on past a nearer class."""
     rng = np.random.default_rng(10)
