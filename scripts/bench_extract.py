@@ -20,6 +20,7 @@ import sys
 import time
 from collections import deque
 from concurrent.futures import ProcessPoolExecutor
+from functools import partial
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -104,6 +105,20 @@ def original(arch, files, args):
     return timed(embed_all, device)
 
 
+def take_turns(calls, original, repeat, n, device):
+    """{side: `timed` of each round}, each printed as it is known; `original` (function, arguments...) is the last side."""
+    seconds = {}
+    os.environ |= LIBRARIES
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as other:
+        turns = {name: partial(timed, call, device) for name, call in calls.items()}
+        turns["original"] = lambda: other.submit(*original).result()
+        for _ in range(repeat):
+            for name, turn in turns.items():
+                seconds.setdefault(name, []).append(turn())
+                print(f"{name}: {n / seconds[name][-1][0]:.1f} images/s", file=sys.stderr, flush=True)
+    return seconds
+
+
 def report(title, seconds, n, limit):
     """A line a side: images/s and processor time an image, as medians, and their shares of the limit's."""
     print(f"{title}: median of {len(seconds[limit])} rounds of {n} images; random weights")
@@ -150,14 +165,8 @@ def main():
         calls = {"forward": forward, "cache": lambda: run_embed(kept), "jpeg": lambda: run_embed(plain),
                  "read cache": lambda: read(kept), "read jpeg": lambda: read(plain), "copy": copy}
         forward()
-        seconds = {name: [] for name in [*calls, "original"]}
-        os.environ |= LIBRARIES
-        with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as other:
-            files = [Path(args.input, name) for name in names]
-            for _ in range(args.repeat):
-                for name, call in calls.items():
-                    seconds[name].append(timed(call, device))
-                seconds["original"].append(other.submit(original, arch, files, args).result())
+        files = [Path(args.input, name) for name in names]
+        seconds = take_turns(calls, (original, arch, files, args), args.repeat, args.n, device)
         title = f"{arch}, {args.size} px, {device.type} {precision}, {torch.get_num_threads()} threads"
         middle = report(title, seconds, args.n, "forward")
         each = middle["cache"][0] / args.n

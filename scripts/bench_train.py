@@ -14,11 +14,8 @@ Reads  input/train.csv and its images; writes INPUT/.cache
     python scripts/bench_train.py --arch nfnet_l0 tf_efficientnet_b1 --n 4096     # on a GPU
 """
 
-import multiprocessing
-import os
 import sys
 from collections import deque
-from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from pathlib import Path
 
@@ -27,7 +24,7 @@ from utils import duration, keep_freed_memory, pick_device, pick_precision, run,
 
 import numpy as np
 import torch
-from bench_extract import LIBRARIES, bench_flags, original_embedding, report, timed
+from bench_extract import bench_flags, original_embedding, report, take_turns, timed
 
 import train
 from dataset import Cache, EpochSampler, Images, augmentation, encode, make_loader, read_train
@@ -124,13 +121,7 @@ def main():
         step()
         while isinstance(backward, train.Graphed) and backward.graph is None:
             step()
-        seconds = {name: [] for name in [*calls, "original"]}
-        os.environ |= LIBRARIES
-        with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as other:
-            for _ in range(args.repeat):
-                for name, call in calls.items():
-                    seconds[name].append(timed(call, device))
-                seconds["original"].append(other.submit(original, arch, names, labels, args).result())
+        seconds = take_turns(calls, (original, arch, names, labels, args), args.repeat, steps * args.batch_size, device)
         title = f"{arch}, {args.size} px, {device.type} {precision}, {torch.get_num_threads()} threads"
         middle = report(title, seconds, steps * args.batch_size, "step")
         each = middle["cache"][0] / (steps * args.batch_size)
