@@ -10,7 +10,7 @@
 # more, in output/round2, with the confident test images of the first round; --cards "0 2" takes these cards only (default all,
 # or CUDA_VISIBLE_DEVICES), --cards "cpu cpu" takes two runs at a time to the processor, each with half of its cores;
 # --folds-only draws the demo and the folds and stops; every other flag goes to train.py (--allow-outside to all
-# scripts; --workers, --[no-]cache, --cache-size and --deterministic to extract.py, too).
+# scripts; --workers, --[no-]cache, --cache-size and --deterministic to extract.py, too, and --workers to expect.py).
 set -uo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")" || exit 2
 
@@ -22,7 +22,7 @@ ROUNDS=1
 CARDS=
 TRAIN=(--epochs 30 --eval-every 5)  # a validation embeds all images: each epoch it would be half of a GPU's time
 DEVICE=()
-SCRIPTS=() EXTRACT=()  # flags for all that follow the training, and for extract.py
+SCRIPTS=() EXTRACT=() EXPECT=()  # flags for all that follow the training, for extract.py, and for expect.py
 DEMO=
 FOLDS_ONLY=
 
@@ -44,8 +44,10 @@ while (($#)); do
         --n-folds=*) TRAIN+=("$1"); N_FOLDS=${1#*=} ;;
         --device) DEVICE=(--device "${2:-}"); shift ;;
         --allow-outside) TRAIN+=("$1") SCRIPTS+=("$1") ;;
-        --deterministic|--cache|--no-cache|--workers=*|--cache-size=*) TRAIN+=("$1") EXTRACT+=("$1") ;;
-        --workers|--cache-size) TRAIN+=("$1" "${2:-}") EXTRACT+=("$1" "${2:-}"); shift ;;
+        --deterministic|--cache|--no-cache|--cache-size=*) TRAIN+=("$1") EXTRACT+=("$1") ;;
+        --cache-size) TRAIN+=("$1" "${2:-}") EXTRACT+=("$1" "${2:-}"); shift ;;
+        --workers=*) TRAIN+=("$1") EXTRACT+=("$1") EXPECT+=("$1") ;;
+        --workers) TRAIN+=("$1" "${2:-}") EXTRACT+=("$1" "${2:-}") EXPECT+=("$1" "${2:-}"); shift ;;
         --arch|--arch=*|--fold|--fold=*|--archs=*|--folds=*|--input=*|--output=*|--rounds=*|--cards=*|--device=*)
             echo "error: ${1%%=*} is not for run_all.sh; write --archs \"A B\", --folds \"0 1\", --input DIR, --output DIR" >&2
             exit 2 ;;
@@ -165,6 +167,7 @@ for ((round = 1; round <= ROUNDS; round++)); do
     for script in extract.py retrieve.py scripts/expect.py scripts/report.py scripts/summary.py; do
         name=$(basename "$script" .py) flags=("${DEVICE[@]}" "${SCRIPTS[@]}")
         [[ $script != extract.py ]] || flags+=("${EXTRACT[@]}")
+        [[ $script != scripts/expect.py ]] || flags+=("${EXPECT[@]}")
         stage "$name" "$out/$name.log" "$PYTHON" "$script" --input "$INPUT" --output "$out" "${flags[@]}" ||
             { failed+=("$script: see $out/$name.log"); [[ $script == scripts/* ]] || { broken=1; break; }; }
     done
