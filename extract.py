@@ -124,14 +124,14 @@ def finished_runs(output, arch=None, fold=None):
 
 
 def embed(model, images, device, precision="fp32", batch_size=64, workers=0, what="embedding", sizes=None,
-          output=Model.forward, store=lambda size: Store()):
+          output=Model.forward, width=EMBEDDING, store=lambda size: Store()):
     """Flip-averaged embeddings of a dataset.Images in its order: float32 [N, 512], not normalised, averaged over the image
-    `sizes` (default: that of `images`). The model runs in eval mode and is left as it was. `output`: what of the model.
-    `store`: size -> the Store of that pass, from which an interrupted one goes on."""
+    `sizes` (default: that of `images`). The model runs in eval mode and is left as it was. `output`: what of the model, that
+    many numbers an image (`width`). `store`: size -> the Store of that pass, from which an interrupted one goes on."""
     keep_freed_memory()
     training = model.training
     model.eval()
-    passes = [embed_pass(model, images.at(size), device, precision, batch_size, workers, what, output, store(size))
+    passes = [embed_pass(model, images.at(size), device, precision, batch_size, workers, what, output, store(size), width)
               for size in sizes or [images.size]]
     model.train(training)
     result = np.mean(passes, 0) if len(passes) > 1 else passes[0]
@@ -153,10 +153,9 @@ def embed_shared(model, images, device, precision, batch_size, *more, **named):
 
 
 @torch.inference_mode()
-def embed_pass(model, images, device, precision, batch_size, workers, what, output, store):
+def embed_pass(model, images, device, precision, batch_size, workers, what, output, store, width=EMBEDDING):
     """embed at one size. A batch that does not fit the GPU is halved, from there on. Embeddings stay on the device until
     they are saved, since fetching them waits for it. A pass that goes on has the batches of one that was not interrupted."""
-    width = EMBEDDING if output is Model.forward else model.neck[0].in_features
     result, done = store.open(embedding=(np.float32, (len(images), width)))
     rest, waiting, saved = Subset(images, range(done, len(images))), [], time.monotonic()
     with progress(None, what, len(images)) as bar:

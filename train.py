@@ -428,7 +428,8 @@ def looks(args, train, device):
     load_weights(model, args.arch, args.weights)
     images = Images(args.input, train["path"], np.zeros(len(train), np.int64), args.size, args.resize)
     return embed(model.to(device, memory_format=torch.channels_last), images, device, pick_precision(args.precision, device),
-                 args.eval_batch_size or pick_batch_size(device), args.workers, "looks", output=Model.features)
+                 args.eval_batch_size or pick_batch_size(device), args.workers, "looks", output=Model.features,
+                 width=model.neck[0].in_features)
 
 
 def choose_images(args, train, fold, classes, labels):

@@ -19,10 +19,9 @@ from utils import InputError, atomic, pick_device, run, script_parser
 import numpy as np
 import pandas as pd
 from alterations import SHIFTS, Altered
-from expect import altered_sets, expect, known_looks
+from expect import altered_sets, embed_jointly, expect, known_looks
 
 from dataset import Images, default_workers, encode, load_folds, load_test, load_train, read_solution
-from extract import embed, load_model
 from retrieve import load_runs
 
 FEW = ["none", "dark", "blurred", "coarse", "zoomed", "noisy", "warm", "turned", "covered", "jpeg", "grey", "pale"]
@@ -58,15 +57,14 @@ def main():
     picked = np.sort(np.random.default_rng(args.seed).permutation(len(test))[:args.n])
     (sets, prior), rows = altered_sets(runs, part, labels, train, args, device), []
     for shift in args.shifts:
-        shifted = []
-        for r in runs:
-            model, stamp = load_model(Path(args.output) / r["name"], device), r["stamp"]
-            images = Images(Path(args.input) / "test", test["filename"].iloc[picked], np.zeros(len(picked), np.int64),
-                            stamp["sizes"][0], stamp["resize"], Altered([] if shift == "none" else [shift]), args.seed)
-            embedded = embed(model, images, device, stamp["precision"], workers=args.workers, sizes=stamp["sizes"])
-            shifted.append(r | {"test": embedded})
+        def altered(size, resize, shift=shift):
+            return Images(Path(args.input) / "test", test["filename"].iloc[picked], np.zeros(len(picked), np.int64), size,
+                          resize, Altered([] if shift == "none" else [shift]), args.seed)
+
+        embedded = embed_jointly(runs, args, altered, device)
+        shifted = [r | {"test": embedded[r["name"]]} for r in runs]
         _, number, _, figures = expect(shifted, fold, part, labels, shifted, labels,
-                                         [s for s in sets if shift not in s["names"]], prior, args, device)
+                                       [s for s in sets if shift not in s["names"]], prior, args, device)
         right = np.array(classes, object)[number] == truth[picked]
         del figures["calibration"], figures["runs"]
         rows.append({"shift": shift, "true": round(float(right.mean()), 4), **figures})

@@ -46,6 +46,7 @@ from scipy.special import expit
 from sklearn.isotonic import IsotonicRegression
 from sklearn.linear_model import LogisticRegression
 from sklearn.model_selection import StratifiedKFold, cross_val_score
+from torch import nn
 
 from dataset import (
     default_workers,
@@ -62,7 +63,7 @@ from dataset import (
     with_bad,
 )
 from extract import embed, load_model, pick_batch_size
-from models import fold_batch_norm
+from models import EMBEDDING, fold_batch_norm
 from retrieve import UNKNOWN, grow, load_runs, stamps_of
 from search import Joined, topk
 
@@ -279,6 +280,27 @@ def confide_alone(best, votes, calibration):
     return expit(each @ calibration["weights"] + calibration["offset"])
 
 
+def embed_jointly(runs, args, make, device):
+    """{name of the run: embeddings [N, 512]} of the images that make(size, resize) returns: altered ones, which cost more to
+    make than those that extract.py reads, so they are made once for all runs of one size."""
+    alike, found = {}, {}
+    for r in runs:
+        stamp = r["stamp"]
+        kind = *stamp["sizes"], stamp["resize"], pick_precision(stamp["precision"], device)
+        alike.setdefault(kind, []).append(r["name"])
+    for (*sizes, resize, precision), names in alike.items():
+        models = nn.ModuleList(fold_batch_norm(load_model(Path(args.output) / name, device), sizes[0]) for name in names)
+        joint = embed(models, make(sizes[0], resize), device, precision, pick_batch_size(device), args.workers,
+                      f"{len(names)} runs, altered images", sizes, joined, EMBEDDING * len(names))
+        found |= {name: np.ascontiguousarray(part) for name, part in zip(names, np.split(joint, len(names), 1), strict=True)}
+    return found
+
+
+def joined(models, images):
+    """Embeddings [B, 512 R] by R models, side by side."""
+    return torch.cat([model(images) for model in models], 1)
+
+
 def altered_sets(runs, part, labels, train, args, device):
     """Training images, as they are and altered, among those of other looks: a dictionary a set of their alterations' "names",
     class_best's "best" [n, C], the halves' "votes" [S, 2, n] and the "truth" [n]; and how frequent their classes are [C].
@@ -297,13 +319,10 @@ def altered_sets(runs, part, labels, train, args, device):
     key = json.dumps([stamps_of(runs), train["path"].iloc[rows].tolist(), ALTERATIONS, args.seed])
     kept = load_npz(file, "delete it, it is made anew") if file.exists() else {}
     if str(kept.get("key")) != key:
-        kept = {"key": key}
-        for r in runs:
-            size, *_ = sizes = r["stamp"]["sizes"]
-            model = fold_batch_norm(load_model(Path(args.output) / r["name"], device), size)
-            images = AlteredImages(args.input, train["path"].iloc[rows], labels[rows], size, r["stamp"]["resize"], args.seed)
-            kept[r["name"]] = embed(model, images, device, pick_precision(r["stamp"]["precision"], device),
-                                    pick_batch_size(device), args.workers, f"{r['name']} altered", sizes)
+        def altered(size, resize):
+            return AlteredImages(args.input, train["path"].iloc[rows], labels[rows], size, resize, args.seed)
+
+        kept = {"key": key} | embed_jointly(runs, args, altered, device)
         with atomic(file) as temporary, open(temporary, "wb") as opened:
             np.savez(opened, **kept)
     queries = [kept[r["name"]] for r in runs]

@@ -3,6 +3,7 @@
 import json
 import shutil
 import sys
+from types import SimpleNamespace
 
 from utils import InputError, load_json, save_json
 
@@ -185,6 +186,24 @@ def test_an_alteration_changes_the_pixels_and_nothing_else(name):
         altered = SHIFTS[name](image)
         assert altered.shape == image.shape and altered.dtype == torch.uint8 and torch.equal(image, before)
         assert not torch.equal(altered, image)
+
+
+def test_altered_images_are_made_once_for_runs_of_one_size(data, output):
+    def make(size, resize):
+        made.append(size)
+        return Images(data, paths, np.zeros(3, np.int64), size, resize)
+
+    paths, made, args = pd.read_csv(data / "train.csv")["path"][:3], [], SimpleNamespace(output=output, workers=0)
+    names = ["test_efficientnet/fold0", "test_nfnet/fold1"]
+    runs = [{"name": name, "stamp": load_json(output / name / "extract.json")} for name in names]
+    found = expect.embed_jointly(runs, args, make, torch.device("cpu"))
+    assert made == [32]
+    for name in names:
+        assert np.allclose(found[name], np.load(output / name / "train.npy")[:3], atol=1e-5)
+    runs[0]["stamp"]["sizes"] = [48, 32]
+    apart = expect.embed_jointly(runs, args, make, torch.device("cpu"))
+    assert made[1:] == [48, 32] and np.array_equal(apart[names[1]], found[names[1]])
+    assert not np.allclose(apart[names[0]], found[names[0]], atol=1e-3)
 
 
 def test_crowding_by_hand():

@@ -419,13 +419,13 @@ def test_a_batch_that_does_not_fit_is_halved(data, error):
 
     images, sizes, most = Images(data, [f"train/bottle_{i}.png" for i in range(6)], np.zeros(6, np.int64), 32), [], 99
     model = Model("test_nfnet", 4)
-    whole = embed(model, images, torch.device("cpu"), batch_size=6, output=output)
+    whole = embed(model, images, torch.device("cpu"), batch_size=6, output=output, width=model.neck[0].in_features)
     most, sizes[:] = 4, []
-    halved = embed(model, images, torch.device("cpu"), batch_size=6, output=output)
+    halved = embed(model, images, torch.device("cpu"), batch_size=6, output=output, width=model.neck[0].in_features)
     assert sizes == [12, 6, 2, 2, 2, 2, 2, 2] and np.allclose(halved, whole, rtol=1e-4, atol=1e-6)
     most = 1
     with pytest.raises(RuntimeError, match=str(error)):
-        embed(model, images, torch.device("cpu"), batch_size=6, output=output)
+        embed(model, images, torch.device("cpu"), batch_size=6, output=output, width=model.neck[0].in_features)
 
 
 def test_retrieve_writes_the_submission_in_its_order(data, output):

@@ -279,13 +279,11 @@ def test_a_zero_embedding_is_caught_with_its_file(data):
     names = read_train(data)["path"]
 
     class Zero(torch.nn.Module):
-        neck = (torch.nn.Linear(4, 4),)
-
         def forward(self, images):
             return torch.zeros(len(images), 4)
 
     with pytest.raises(InputError, match=f"{names[0]} gives a NaN, infinite or zero embedding"):
-        embed(Zero(), Images(data, names, np.zeros(len(names)), 8), torch.device("cpu"), output=Zero.forward)
+        embed(Zero(), Images(data, names, np.zeros(len(names)), 8), torch.device("cpu"), output=Zero.forward, width=4)
 
 
 def test_labels_of_any_text_come_back():
