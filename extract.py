@@ -125,9 +125,10 @@ def finished_runs(output, arch=None, fold=None):
 
 def embed(model, images, device, precision="fp32", batch_size=64, workers=0, what="embedding", sizes=None,
           output=Model.forward, width=EMBEDDING, store=lambda size: Store()):
-    """Flip-averaged embeddings of a dataset.Images in its order: float32 [N, 512], not normalised, averaged over the image
-    `sizes` (default: that of `images`). The model runs in eval mode and is left as it was. `output`: what of the model, that
-    many numbers an image (`width`). `store`: size -> the Store of that pass, from which an interrupted one goes on."""
+    """Flip-averaged embeddings of a dataset.Images in its order: float32 [N, width], not normalised, averaged over the image
+    `sizes` (default: that of `images`). The model runs in eval mode and is left as it was. `output`: function of the model and
+    a batch [B, 3, H, W] that returns [B, width]. `store`: size -> the Store of that pass, from which an interrupted one goes
+    on."""
     keep_freed_memory()
     training = model.training
     model.eval()

@@ -182,7 +182,7 @@ def propagation(similarity, index, labels, classes, damping=0.9, power=3.0, roun
     weight = torch.from_numpy(similarity).clamp(min=0).pow(power).flatten()
     row, column = torch.arange(nodes).repeat_interleave(index.shape[1]), torch.from_numpy(index).flatten()
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # sparse tensors are "in beta", their invariants not checked
+        warnings.filterwarnings("ignore", "Sparse ")  # tensors are "in beta", their invariants not checked
         edges = torch.sparse_coo_tensor(torch.stack([torch.cat([row, column]), torch.cat([column, row])]),
                                         torch.cat([weight, weight]), (nodes, nodes)).coalesce()
         degree = torch.zeros(nodes).index_add_(0, edges.indices()[0], edges.values()).clamp(min=1e-12).rsqrt()

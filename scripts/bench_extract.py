@@ -6,7 +6,8 @@
     original    the original solution's way: float32, contiguous layout, decode and normalise in the loader, two passes
     read ...    the loader alone, from the cache and from the files; copy: batches to the device alone
 
-Prints images/s and the share of the limit's; then the same of processor time, which is steadier on a CPU that others use.
+Prints images/s and the share of the limit's; then the same of processor time, which is steadier on a CPU that others use;
+each turn's images/s on stderr as soon as it is known.
 Reads  input/train.csv and its images; writes INPUT/.cache
 
     python scripts/bench_extract.py --input input/grocery --size 224 --arch tf_efficientnet_lite0 tf_efficientnet_lite2
@@ -105,13 +106,14 @@ def original(arch, files, args):
     return timed(embed_all, device)
 
 
-def take_turns(calls, original, repeat, n, device):
-    """{side: `timed` of each round}, each printed as it is known; `original` (function, arguments...) is the last side."""
+def take_turns(title, calls, last, repeat, n, device):
+    """{side: `timed` of each round}, each on stderr as soon as it is known. `last`: function, arguments of the original."""
     seconds = {}
     os.environ |= LIBRARIES
+    print(title, file=sys.stderr, flush=True)
     with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as other:
         turns = {name: partial(timed, call, device) for name, call in calls.items()}
-        turns["original"] = lambda: other.submit(*original).result()
+        turns["original"] = lambda: other.submit(*last).result()
         for _ in range(repeat):
             for name, turn in turns.items():
                 seconds.setdefault(name, []).append(turn())
@@ -166,8 +168,8 @@ def main():
                  "read cache": lambda: read(kept), "read jpeg": lambda: read(plain), "copy": copy}
         forward()
         files = [Path(args.input, name) for name in names]
-        seconds = take_turns(calls, (original, arch, files, args), args.repeat, args.n, device)
         title = f"{arch}, {args.size} px, {device.type} {precision}, {torch.get_num_threads()} threads"
+        seconds = take_turns(title, calls, (original, arch, files, args), args.repeat, args.n, device)
         middle = report(title, seconds, args.n, "forward")
         each = middle["cache"][0] / args.n
         print(f"  the contest, from the cache: five runs of 120,000 images take {duration(5 * 120e3 * each)}, "

@@ -7,7 +7,8 @@
     original    the original solution's way: float32, contiguous layout, decode and normalise in the loader
     read ...    the loader alone, augmentation included, from the cache and from the files; copy: batches to the device alone
 
-Prints images/s and the share of the limit's; then the same of processor time, which is steadier on a CPU that others use.
+Prints images/s and the share of the limit's; then the same of processor time, which is steadier on a CPU that others use;
+each turn's images/s on stderr as soon as it is known.
 Reads  input/train.csv and its images; writes INPUT/.cache
 
     python scripts/bench_train.py --input input/grocery --size 224 --arch tf_efficientnet_lite0 tf_efficientnet_lite2
@@ -121,8 +122,8 @@ def main():
         step()
         while isinstance(backward, train.Graphed) and backward.graph is None:
             step()
-        seconds = take_turns(calls, (original, arch, names, labels, args), args.repeat, steps * args.batch_size, device)
         title = f"{arch}, {args.size} px, {device.type} {precision}, {torch.get_num_threads()} threads"
+        seconds = take_turns(title, calls, (original, arch, names, labels, args), args.repeat, steps * args.batch_size, device)
         middle = report(title, seconds, steps * args.batch_size, "step")
         each = middle["cache"][0] / (steps * args.batch_size)
         print(f"  the contest, from the cache: five runs of 30 epochs of 38,400 images take {duration(150 * 38400 * each)}",

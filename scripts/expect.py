@@ -282,7 +282,8 @@ def confide_alone(best, votes, calibration):
 
 def embed_jointly(runs, args, make, device):
     """{name of the run: embeddings [N, 512]} of the images that make(size, resize) returns: altered ones, which cost more to
-    make than those that extract.py reads, so they are made once for all runs of one size."""
+    make than those that extract.py reads, so they are made once for all runs that take them alike,
+    whose models are in memory together."""
     alike, found = {}, {}
     for r in runs:
         stamp = r["stamp"]
@@ -291,13 +292,13 @@ def embed_jointly(runs, args, make, device):
     for (*sizes, resize, precision), names in alike.items():
         models = nn.ModuleList(fold_batch_norm(load_model(Path(args.output) / name, device), sizes[0]) for name in names)
         joint = embed(models, make(sizes[0], resize), device, precision, pick_batch_size(device), args.workers,
-                      f"{len(names)} runs, altered images", sizes, joined, EMBEDDING * len(names))
+                      f"{len(names)} runs, altered images", sizes, side_by_side, EMBEDDING * len(names))
         found |= {name: np.ascontiguousarray(part) for name, part in zip(names, np.split(joint, len(names), 1), strict=True)}
     return found
 
 
-def joined(models, images):
-    """Embeddings [B, 512 R] by R models, side by side."""
+def side_by_side(models, images):
+    """Embeddings [B, 512 R] by R models."""
     return torch.cat([model(images) for model in models], 1)
 
 
