@@ -135,11 +135,15 @@ def embed(model, images, device, precision="fp32", batch_size=64, workers=0, wha
     passes = [embed_pass(model, images.at(size), device, precision, batch_size, workers, what, output, store(size), width)
               for size in sizes or [images.size]]
     model.train(training)
-    result = np.mean(passes, 0) if len(passes) > 1 else passes[0]
-    if len(bad := np.flatnonzero(~np.isfinite(result).all(1) | ~result.any(1))):
+    return check_embeddings(np.mean(passes, 0) if len(passes) > 1 else passes[0], images)
+
+
+def check_embeddings(embedded, images):
+    """The embeddings [N, D] of a dataset.Images; InputError, naming the first image, if any is NaN, infinite or zero."""
+    if len(bad := np.flatnonzero(~np.isfinite(embedded).all(1) | ~embedded.any(1))):
         raise InputError(f"{images.folder / images.names[bad[0]]} gives a NaN, infinite or zero embedding ({len(bad)} of "
                          f"{len(images)} images do); try --precision fp32, or another --lr if the training failed")
-    return result
+    return embedded
 
 
 def pick_batch_size(device):

@@ -62,7 +62,7 @@ from dataset import (
     read_test,
     with_bad,
 )
-from extract import embed, load_model, pick_batch_size
+from extract import check_embeddings, embed, load_model, pick_batch_size
 from models import EMBEDDING, fold_batch_norm
 from retrieve import UNKNOWN, grow, load_runs, stamps_of
 from search import Joined, topk
@@ -291,9 +291,11 @@ def embed_jointly(runs, args, make, device):
         alike.setdefault(kind, []).append(r["name"])
     for (*sizes, resize, precision), names in alike.items():
         models = nn.ModuleList(fold_batch_norm(load_model(Path(args.output) / name, device), sizes[0]) for name in names)
-        joint = embed(models, make(sizes[0], resize), device, precision, pick_batch_size(device), args.workers,
+        images = make(sizes[0], resize)
+        joint = embed(models, images, device, precision, pick_batch_size(device), args.workers,
                       f"{len(names)} runs, altered images", sizes, side_by_side, EMBEDDING * len(names))
-        found |= {name: np.ascontiguousarray(part) for name, part in zip(names, np.split(joint, len(names), 1), strict=True)}
+        for name, part in zip(names, np.split(joint, len(names), 1), strict=True):
+            found[name] = check_embeddings(np.ascontiguousarray(part), images)
     return found
 
 
