@@ -8,8 +8,9 @@ is known, a logistic regression learns how often a label is right, by
   chance      of its class: how much of the halves' agreement on it is more than chance
   collapse    of the set: how much oftener than by chance two of its images get the same label
 A set counts as one observation, whatever its size, and once more each as the images of a quarter and of half the classes, lest
-a collapse of the labels and few products be mistaken for each other. The interval is as wide as the errors on the alterations
-when each is left out of what is learned.
+a collapse of the labels and few products be mistaken for each other. By how much that is too high or too low for sets of like
+evidence and collapse is learned, too (kernel ridge regression), and taken off. The interval is as wide as the errors on the
+alterations when each is left out of what is learned.
 It is for the labels of the submission, by whatever vote; before there is one, for those of the nearest image.
 
 Reads  what retrieve.py reads and, if it ran, what it writes; training images, best.pt of the runs
@@ -42,10 +43,14 @@ from utils import (
 import numpy as np
 import torch
 import torch.nn.functional as F
+from scipy.optimize import brentq
 from scipy.special import expit
 from sklearn.isotonic import IsotonicRegression
+from sklearn.kernel_ridge import KernelRidge
 from sklearn.linear_model import LogisticRegression
 from sklearn.model_selection import StratifiedKFold, cross_val_score
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import StandardScaler
 from torch import nn
 
 from dataset import (
@@ -248,11 +253,13 @@ def signs(best, votes, said, sharpness, prior):
 
 
 def learn(sets, prior):
-    """{"sharpness", "weights" [5], "offset"} by the sets of altered_sets: right by expit(signs @ weights + offset)."""
+    """By the sets of altered_sets {"sharpness", "weights" [5], "offset"}: right by expit(signs @ weights + offset); "excess":
+    by how much that is too high, or too low, for sets with like signs of the whole, 0 far from all: [m, 2] -> [m]."""
     sharpness = fit_sharpness(sets[0]["best"], sets[0]["truth"])
-    parts, right = [], []
+    parts, right, all_of = [], [], []
     for part in sets:
         said = part["best"].argmax(1)
+        all_of.append(len(parts))
         some = [np.random.default_rng(n).permutation(np.flatnonzero(prior)) for n in (4, 2)]
         some = [classes[:max(3, len(classes) // n)] for n, classes in zip((4, 2), some, strict=True)]
         for keep in [slice(None), *(np.isin(part["truth"], classes) for classes in some)]:
@@ -265,12 +272,33 @@ def learn(sets, prior):
     x, y = np.vstack([(x - mean) / scale, np.zeros((2, 5))]), np.append(y, [True, False])  # so that there is one of both
     model = LogisticRegression(max_iter=1000).fit(x, y, np.append(weight, [1 / len(parts)] * 2))
     weights = model.coef_[0] / scale
-    return {"sharpness": sharpness, "weights": weights.tolist(), "offset": float(model.intercept_[0] - weights @ mean)}
+    offset = float(model.intercept_[0] - weights @ mean)
+    excess = make_pipeline(StandardScaler(), KernelRidge(alpha=0.3, kernel="rbf", gamma=0.5))
+    excess.fit([parts[i][0, 3:] for i in all_of], [(expit(parts[i] @ weights + offset) - right[i]).mean() for i in all_of])
+    return {"sharpness": sharpness, "weights": weights.tolist(), "offset": offset, "excess": excess}
 
 
-def confide(best, votes, said, learned, prior):
-    """How likely the labels `said` [n] of a set of test images are right [n]."""
-    return expit(signs(best, votes, said, learned["sharpness"], prior) @ learned["weights"] + learned["offset"])
+def odds_of_right(best, votes, said, learned, prior):
+    """Log odds that the labels `said` [n] of a set of test images are right [n]: all lowered alike by what takes the excess off
+    their mean probability."""
+    found = signs(best, votes, said, learned["sharpness"], prior)
+    odds = found @ learned["weights"] + learned["offset"]
+    mean = expit(odds).mean() - learned["excess"].predict(found[:1, 3:])[0]
+    mean = np.clip(mean, 1 / (len(odds) + 2), 1 - 1 / (len(odds) + 2))
+    return odds - brentq(lambda less: expit(odds - less).mean() - mean, odds.min() - 20, odds.max() + 20)
+
+
+def confide(*what):
+    """How likely the labels `said` [n] of a set of test images are right [n]; the arguments are those of odds_of_right."""
+    return expit(odds_of_right(*what))
+
+
+def calibrate_alone(best, votes, learned, prior):
+    """What confide_alone goes by: a photograph alone, as classify.py labels it, is taken for one of the set of test images."""
+    said, sharpness, weights = best.argmax(1), learned["sharpness"], learned["weights"][:3]
+    first = signs(best, votes, said, sharpness, prior)[0, :3] @ weights
+    return {"sharpness": sharpness, "weights": weights, "kept": beyond_chance(votes, prior).round(4).tolist(),
+            "offset": float(odds_of_right(best, votes, said, learned, prior)[0] - first)}
 
 
 def confide_alone(best, votes, calibration):
@@ -401,11 +429,7 @@ def expect(runs, fold, part, labels, grown, numbers, sets, own, args, device, sa
     prior = np.bincount(numbers) / len(numbers)
     learned, error = learn(sets, own), float((errors(sets, own) ** 2).mean() ** 0.5)
     confidence = confide(best, votes, said, learned, prior)
-    # A photograph alone, as classify.py labels it, is taken for one of these test images:
-    whole = signs(best, votes, nearest, learned["sharpness"], prior)[0, 3:]
-    calibration = learned | {"weights": learned["weights"][:3],
-                             "offset": float(learned["offset"] + whole @ learned["weights"][3:]),
-                             "kept": beyond_chance(votes, prior).round(4).tolist()}
+    calibration = calibrate_alone(best, votes, learned, prior)
     expected = float(confidence.mean())
     half = 1.64 * (error**2 + expected * (1 - expected) / len(confidence)) ** 0.5
     sharpness = fit_sharpness(random, truth)

@@ -153,16 +153,16 @@ def test_what_is_learned_from_altered_sets_holds_on_another(blur, collapse):
     learned, test = expect.learn(sets, prior), blurry_set(blur, seed=1, collapse=collapse)
     said = test["best"].argmax(1)
     confidence, right = expect.confide(test["best"], test["votes"], said, learned, prior), said == test["truth"]
-    assert right.mean() < 0.9 and abs(confidence.mean() - right.mean()) < 0.13
+    assert right.mean() < 0.9 and abs(confidence.mean() - right.mean()) < 0.17
     assert confidence[right].mean() > confidence[~right].mean()
     held = expect.calibrate(sets[4]["best"], sets[4]["truth"])
     if collapse:
         assert expect.probability(test["best"], held).mean() > right.mean() + 0.25, "held-out images do not know collapses"
-    assert np.abs(expect.errors(sets, prior)).mean() < 0.15
-    whole = expect.signs(test["best"], test["votes"], said, learned["sharpness"], prior)[0, 3:]
-    alone = learned | {"weights": learned["weights"][:3], "offset": learned["offset"] + whole @ learned["weights"][3:],
-                       "kept": expect.beyond_chance(test["votes"], prior)}
-    assert np.allclose(expect.confide_alone(test["best"], test["votes"], alone), confidence)
+    assert np.abs(expect.errors(sets, prior)).mean() < 0.11
+    assert abs(learned["excess"].predict([[1e3, 1e3]])[0]) < 1e-9, "nothing is corrected far from all that is known"
+    alone = expect.calibrate_alone(test["best"], test["votes"], learned, prior)
+    alone["kept"] = np.array(alone["kept"])
+    assert np.allclose(expect.confide_alone(test["best"], test["votes"], alone), confidence, atol=1e-4)
 
 
 def test_altered_images_go_alteration_by_alteration(data):
