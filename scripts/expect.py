@@ -253,13 +253,13 @@ def signs(best, votes, said, sharpness, prior):
 
 
 def learn(sets, prior):
-    """By the sets of altered_sets {"sharpness", "weights" [5], "offset"}: right by expit(signs @ weights + offset); "excess":
-    by how much that is too high, or too low, for sets with like signs of the whole, 0 far from all: [m, 2] -> [m]."""
+    """By the sets of altered_sets {"sharpness", "weights" [5], "offset"}: right by expit(signs @ weights + offset); the
+    regression "excess" [m, 2] -> [m]: by how much that is too high, or too low, on average of a set with these two signs of the
+    whole, 0 far from all; and the "least" share that sets of this size tell from 0."""
     sharpness = fit_sharpness(sets[0]["best"], sets[0]["truth"])
-    parts, right, all_of = [], [], []
+    parts, right = [], []
     for part in sets:
         said = part["best"].argmax(1)
-        all_of.append(len(parts))
         some = [np.random.default_rng(n).permutation(np.flatnonzero(prior)) for n in (4, 2)]
         some = [classes[:max(3, len(classes) // n)] for n, classes in zip((4, 2), some, strict=True)]
         for keep in [slice(None), *(np.isin(part["truth"], classes) for classes in some)]:
@@ -274,23 +274,25 @@ def learn(sets, prior):
     weights = model.coef_[0] / scale
     offset = float(model.intercept_[0] - weights @ mean)
     excess = make_pipeline(StandardScaler(), KernelRidge(alpha=0.3, kernel="rbf", gamma=0.5))
-    excess.fit([parts[i][0, 3:] for i in all_of], [(expit(parts[i] @ weights + offset) - right[i]).mean() for i in all_of])
-    return {"sharpness": sharpness, "weights": weights.tolist(), "offset": offset, "excess": excess}
+    excess.fit([x[0, 3:] for x in parts], [(expit(x @ weights + offset) - y).mean() for x, y in zip(parts, right, strict=True)])
+    return {"sharpness": sharpness, "weights": weights.tolist(), "offset": offset, "excess": excess,
+            "least": 1 / (len(sets[0]["truth"]) + 2)}
 
 
 def odds_of_right(best, votes, said, learned, prior):
-    """Log odds that the labels `said` [n] of a set of test images are right [n]: all lowered alike by what takes the excess off
-    their mean probability."""
+    """Log odds that the labels `said` [n] of a set of test images are right [n]: all moved alike, so that their mean
+    probability loses what is learned to be its excess, but within what the learned sets can tell from 0 and 1."""
     found = signs(best, votes, said, learned["sharpness"], prior)
     odds = found @ learned["weights"] + learned["offset"]
-    mean = expit(odds).mean() - learned["excess"].predict(found[:1, 3:])[0]
-    mean = np.clip(mean, 1 / (len(odds) + 2), 1 - 1 / (len(odds) + 2))
-    return odds - brentq(lambda less: expit(odds - less).mean() - mean, odds.min() - 20, odds.max() + 20)
+    wanted = expit(odds).mean()
+    least = np.clip(min(wanted, 1 - wanted), 1e-6, learned["least"])
+    wanted = np.clip(wanted - learned["excess"].predict(found[:1, 3:])[0], least, 1 - least)
+    return odds - brentq(lambda less: expit(odds - less).mean() - wanted, odds.min() - 20, odds.max() + 20)
 
 
-def confide(*what):
-    """How likely the labels `said` [n] of a set of test images are right [n]; the arguments are those of odds_of_right."""
-    return expit(odds_of_right(*what))
+def confide(best, votes, said, learned, prior):
+    """How likely the labels `said` [n] of a set of test images are right [n]."""
+    return expit(odds_of_right(best, votes, said, learned, prior))
 
 
 def calibrate_alone(best, votes, learned, prior):
@@ -302,7 +304,8 @@ def calibrate_alone(best, votes, learned, prior):
 
 
 def confide_alone(best, votes, calibration):
-    """The same of photographs one by one [n], by what expected.json keeps; "kept" [C] by class number."""
+    """How likely the nearest image's labels are right, of photographs one by one [n], by what expected.json keeps; "kept"
+    [C] by class number."""
     said = best.argmax(1)
     each = np.column_stack([log_odds(best, calibration["sharpness"]), agreement(votes, said), calibration["kept"][said]])
     return expit(each @ calibration["weights"] + calibration["offset"])
