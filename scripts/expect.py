@@ -299,7 +299,7 @@ def calibrate_alone(best, votes, learned, prior):
     """What confide_alone goes by: a photograph alone, as classify.py labels it, is taken for one of the set of test images."""
     said, sharpness, weights = best.argmax(1), learned["sharpness"], learned["weights"][:3]
     first = signs(best, votes, said, sharpness, prior)[0, :3] @ weights
-    return {"sharpness": sharpness, "weights": weights, "kept": beyond_chance(votes, prior).round(4).tolist(),
+    return {"sharpness": sharpness, "weights": weights, "kept": beyond_chance(votes, prior),
             "offset": float(odds_of_right(best, votes, said, learned, prior)[0] - first)}
 
 
@@ -494,7 +494,8 @@ def main():
     forget(args.output)
 
     kept = zip(classes, figures["calibration"]["kept"], strict=True)
-    figures["calibration"]["kept"] = {label: share for label, share in kept if share < 1}  # by name: products may come or go
+    # by name, since products may come or go
+    figures["calibration"]["kept"] = {label: round(float(share), 4) for label, share in kept if share < 1}
     number = with_bad(test, good, number, np.bincount(numbers).argmax())  # images in bad_images.csv: as retrieve.py labels them
     confidence, similarity = with_bad(test, good, confidence, 0), with_bad(test, good, similarity, 0)
     share = len(good) / len(test)
