@@ -24,7 +24,6 @@ from utils import (
     CONTROL,
     MAX_PIXELS,
     InputError,
-    atomic,
     file_fingerprint,
     fingerprint,
     hand_back_memory,
@@ -35,6 +34,7 @@ from utils import (
     printable,
     progress,
     regular,
+    save_csv,
     save_json,
     save_text,
     share,
@@ -174,16 +174,16 @@ def read_pseudo(path, least, classes, outside=False):
     table = read_csv(path, ["filename", "prediction", "confidence"])
     inside(table, "filename", path, outside)
     written = Path(path).with_name("expected.json")
-    if written.exists() and load_json(written).get("confidence_csv", digest := file_fingerprint(path)) != digest:
+    if written.exists() and load_json(written).get("confidence_csv") not in (None, file_fingerprint(path)):
         raise InputError(f"{path} is not what scripts/expect.py wrote with {written.name}; run it again, or give a copy of "
                          "the file in another folder if it was changed on purpose")
     confidence = pd.to_numeric(table["confidence"], errors="coerce")
-    number = table["prediction"].map({label: i for i, label in enumerate(classes)})
-    bad = confidence.isna() | (number.isna() & (confidence >= least))
+    number = number_of(table["prediction"], classes)
+    bad = confidence.isna() | ((number < 0) & (confidence >= least))
     if bad.any():
         row = int(bad.to_numpy().argmax())
         raise InputError(f"{path}, row {row + 2}: no number as confidence, or a label that train.csv lacks; write it anew")
-    return table.assign(number=number)[confidence >= least].astype({"number": np.int64})
+    return table.assign(number=number)[confidence >= least]
 
 
 def train_fingerprint(table):
@@ -198,8 +198,13 @@ def encode(labels):
     """Labels (text) -> (sorted classes, class number of each row [N] int64)."""
     labels = [str(label) for label in labels]
     classes = sorted(set(labels))  # not np.unique: it would give each row the room of the longest label
+    return classes, number_of(labels, classes)
+
+
+def number_of(labels, classes):
+    """Class number of each label (text) [N] int64, -1 for one that is none of the classes."""
     number = {label: i for i, label in enumerate(classes)}
-    return classes, np.array([number[label] for label in labels], np.int64)
+    return np.array([number.get(label, -1) for label in labels], np.int64)
 
 
 # ---------------------------------------------------------------------------------------------------------------- folds
@@ -268,8 +273,7 @@ def write_folds(path, train, folds, seed, by, features):
     else:
         fold = make_folds(train["label"], train["group"] if by == "group" else None, folds, seed)
     table = train[["path", "label"]].assign(fold=fold, by=by)
-    with atomic(path) as temporary:
-        table.assign(check=folds_check(table)).to_csv(temporary, index=False)
+    save_csv(path, table.assign(check=folds_check(table)))
 
 
 def folds_check(table):
@@ -289,7 +293,7 @@ def load_folds(output, train, folds=None, seed=9999, by=None, features=None):
             if not path.exists():
                 write_folds(path, train, folds, seed, by or "random", features)
     table = read_csv(path, ["path", "label", "fold"])
-    if "check" in table.columns and (table["check"] != folds_check(table)).any():
+    if "check" in table.columns and ("by" not in table.columns or (table["check"] != folds_check(table)).any()):
         raise InputError(f"{path} is damaged, or was changed by hand; delete it and run train.py again, which draws the same "
                          "folds (or, if the change is meant, delete its column check)")
     if train_fingerprint(table) != train_fingerprint(train):
@@ -498,8 +502,7 @@ def skip_bad_images(args):
                 parts["test"] = Path(args.input) / "test", read_test(args.input, args.allow_outside)["filename"]
             bad = [(split, name, said) for split, (folder, names) in parts.items()
                    for name, said in find_bad(folder, names, full=True).items()]
-            with atomic(path) as temporary:
-                pd.DataFrame(bad, columns=BAD).to_csv(temporary, index=False)
+            save_csv(path, pd.DataFrame(bad, columns=BAD))
 
 
 def bad_images(output, split):

@@ -124,7 +124,7 @@ def finished_runs(output, arch=None, fold=None):
 
 
 def embed(model, images, device, precision="fp32", batch_size=64, workers=0, what="embedding", sizes=None,
-          output=Model.forward, width=EMBEDDING, store=lambda size: Store()):
+          output=Model.forward, width=EMBEDDING, store=lambda size: None):
     """Flip-averaged embeddings of a dataset.Images in its order: float32 [N, width], not normalised, averaged over the image
     `sizes` (default: that of `images`). The model runs in eval mode and is left as it was. `output`: function of the model and
     a batch [B, 3, H, W] that returns [B, width]. `store`: size -> the Store of that pass, from which an interrupted one goes
@@ -132,7 +132,7 @@ def embed(model, images, device, precision="fp32", batch_size=64, workers=0, wha
     keep_freed_memory()
     training = model.training
     model.eval()
-    passes = [embed_pass(model, images.at(size), device, precision, batch_size, workers, what, output, store(size), width)
+    passes = [embed_pass(model, images.at(size), device, precision, batch_size, workers, what, output, width, store(size))
               for size in sizes or [images.size]]
     model.train(training)
     return check_embeddings(np.mean(passes, 0) if len(passes) > 1 else passes[0], images)
@@ -158,9 +158,10 @@ def embed_shared(model, images, device, precision, batch_size, *more, **named):
 
 
 @torch.inference_mode()
-def embed_pass(model, images, device, precision, batch_size, workers, what, output, store, width=EMBEDDING):
+def embed_pass(model, images, device, precision, batch_size, workers, what, output=Model.forward, width=EMBEDDING, store=None):
     """embed at one size. A batch that does not fit the GPU is halved, from there on. Embeddings stay on the device until
     they are saved, since fetching them waits for it. A pass that goes on has the batches of one that was not interrupted."""
+    store = store or Store()
     result, done = store.open(embedding=(np.float32, (len(images), width)))
     rest, waiting, saved = Subset(images, range(done, len(images))), [], time.monotonic()
     with progress(None, what, len(images)) as bar:
@@ -202,11 +203,9 @@ def load_run(folder):
         raise InputError(f"{path} does not describe a model of this project ({reason}); delete it and train it again") from None
 
 
-def load_model(folder, device):
-    """The model of an extracted run as it gave the run's embeddings, but for --adapt-bn."""
-    model, stamp = load_run(folder)[0].to(device), load_json(folder / "extract.json")
-    if "gem_p" not in stamp:
-        raise InputError(f"{folder} was extracted by an earlier version; run extract.py again")
+def load_model(folder, stamp, device):
+    """The model of an extracted run as it gave the run's embeddings by its extract.json, the `stamp`, but for --adapt-bn."""
+    model = load_run(folder)[0].to(device)
     if stamp["gem_p"]:
         model.pool.p.data.fill_(stamp["gem_p"])
     return model
@@ -214,7 +213,8 @@ def load_model(folder, device):
 
 def embed_files(folder, base, files, device, batch_size=64):
     """Embeddings [n, 512] of image files below `base` as the extracted run in `folder` embedded its gallery."""
-    model, stamp = load_model(folder, device), load_json(folder / "extract.json")
+    stamp = load_json(folder / "extract.json")
+    model = load_model(folder, stamp, device)
     images = Images(base, files, np.zeros(len(files), np.int64), stamp["sizes"][0], stamp["resize"])
     workers = 0
     if len(files) > batch_size:  # both take longer than a few photographs
@@ -302,17 +302,20 @@ def extract(folder, args, train, test, device, first, cache):
              "precision": pick_precision(args.precision or recorded.get("embed_precision", recorded["precision"]), device),
              "adapt_bn": args.adapt_bn, "bytes": sizes_fingerprint(args.input, train, test),
              "sizes": args.test_size or recorded.get("test_size") or [recorded["size"]], "gem_p": args.gem_p}
-    names = ["train.npy", "test.npy", "head.npy"] if test is not None else ["train.npy", "head.npy"]
+    rows = {"train": (args.input, train["path"])}
+    if test is not None:
+        rows["test"] = (Path(args.input) / "test", test["filename"])
+    names = [*(f"{split}.npy" for split in rows), "head.npy"]
     stamp_file = folder / "extract.json"
     if on_first(up_to_date, folder, stamp, names):
         print(f"{folder}: up to date")
         return
     model, checkpoint = load_run(folder)
-    classes = encode(train["label"])[0]
+    classes, labels = encode(train["label"])
     if checkpoint["classes"] != classes:
         raise InputError(f"{folder} was trained on other classes than {args.input}/train.csv; train it again")
     model, stored = model.to(device), checkpoint["args"]
-    if any(stored.get(name, value) != value for name, value in recorded.items()):  # an earlier version knew fewer
+    if stored != recorded:
         raise InputError(f"{folder}: args.json says other than best.pt; delete args.json and run train.py again")
     if args.gem_p:
         model.pool.p.data.fill_(args.gem_p)
@@ -322,9 +325,6 @@ def extract(folder, args, train, test, device, first, cache):
     if first:
         stamp_file.unlink(missing_ok=True)  # from here to the end the embeddings on disk are no matching set
     batch_size = args.batch_size or pick_batch_size(device)
-    rows = {"train": (args.input, train["path"])}
-    if test is not None:
-        rows["test"] = (Path(args.input) / "test", test["filename"])
     key = json.dumps([stamp, batch_size, device.type, *place()])
     for split, (base, files) in rows.items():
         cache.add(base, files, stamp["sizes"], stored["resize"])
@@ -337,7 +337,7 @@ def extract(folder, args, train, test, device, first, cache):
                                 store=lambda size, pieces=pieces: Store(pieces / str(size), key))
         if first:
             save_npy(folder / f"{split}.npy", embedded)
-        if split == "train" and head and stored["epochs"] == 0 and not knows(model.head, embedded, encode(train["label"])[1]):
+        if split == "train" and head and stored["epochs"] == 0 and not knows(model.head, embedded, labels):
             stamp["head"] = None
             print(f"{folder}: the checkpoint's head names most training images wrongly, so its classes are others, or in "
                   "another order: the votes with the head fall away")

@@ -355,8 +355,7 @@ def load_file(model, path):
         from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
         kind, part = "the original solution's checkpoint", "all"
-        renames = {"backbone.net.": "backbone.", "global_pool.": "pool."}
-        state = {next((new + name[len(old):] for old, new in renames.items() if name.startswith(old)), name): tensor
+        state = {re.sub(r"^global_pool\.", "pool.", re.sub(r"^backbone\.net\.", "backbone.", name)): tensor
                  for name, tensor in state.items() if not re.match(r"backbone\.net\.(classifier|head\.fc)\.", name)}
         state["mean"] = torch.tensor(IMAGENET_DEFAULT_MEAN).view(3, 1, 1)
         state["std"] = torch.tensor(IMAGENET_DEFAULT_STD).view(3, 1, 1)

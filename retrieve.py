@@ -21,7 +21,6 @@ from utils import (
     InputError,
     Store,
     accuracy,
-    atomic,
     file_fingerprint,
     fingerprint,
     load_json,
@@ -32,7 +31,9 @@ from utils import (
     place,
     processes,
     run,
+    save_csv,
     save_json,
+    save_npz,
     script_parser,
 )
 
@@ -46,6 +47,7 @@ from dataset import (
     load_folds,
     load_test,
     load_train,
+    number_of,
     read_solution,
     read_test,
     test_fingerprint,
@@ -94,23 +96,29 @@ def check_reject_flag(parser, args):
 
 
 def load_runs(output, names, train, test):
-    """The runs' embeddings and heads, refused where they are of other rows or of another checkpoint, or not as written."""
+    """The runs' embeddings and heads, refused where they are of other rows or of another checkpoint, or not as written.
+
+    A run is a dict. name: ARCH/foldK; arch; fold: number of the fold it held out, as text, or None; stamp: its extract.json;
+    train, test: embeddings [N, 512], [n, 512] or None; head: class centres [C x centres, 512], of the kind 'arcface', 'softmax'
+    or None where it does not fit the classes."""
     folders = finished_runs(output) if not names else [Path(output) / name for name in names]
     fold = load_folds(output, train) if (Path(output) / "folds.csv").exists() else None
+    wanted = {"train": ("train.csv", train_fingerprint(train))}
+    wanted |= {} if test is None else {"test": ("sample_submission.csv", test_fingerprint(test))}
     runs = []
     for folder in folders:
         if not (folder / "extract.json").exists():
             raise InputError(f"{folder} has no embeddings; run extract.py first")
         stamp = load_json(folder / "extract.json", train=str, checkpoint=str, classes=int, centres=int, sizes=list, resize=str,
                           files=dict)
-        for what, have in [("train.csv", train_fingerprint(train)),
-                           ("sample_submission.csv", test_fingerprint(test) if test is not None else stamp.get("test"))]:
-            if stamp["train" if what == "train.csv" else "test"] != have:
-                raise InputError(f"{folder} was extracted from another {what} (other rows or order); run extract.py again")
+        for part, (file, have) in wanted.items():
+            if stamp.get(part) != have:
+                raise InputError(f"{folder} was extracted from another {file} (other rows or order); run extract.py again")
         if stamp["checkpoint"] != file_fingerprint(folder / "best.pt"):
             raise InputError(f"{folder}: best.pt is not the checkpoint that its embeddings come from; run extract.py again")
-        if fold is not None and stamp.get("held_out") and str(stamp.get("fold")).isdecimal() and (
-                stamp["held_out"] != train_fingerprint(train[fold == int(stamp.get("fold"))])):
+        held = stamp["fold"] if str(stamp.get("fold")).isdecimal() else None
+        if fold is not None and held and stamp.get("held_out") and (
+                stamp["held_out"] != train_fingerprint(train[fold == int(held)])):
             raise InputError(f"{folder} held out other images than {output}/folds.csv says; put the old folds.csv back, or use "
                              "another --output")
         centres = stamp["centres"]
@@ -119,11 +127,16 @@ def load_runs(output, names, train, test):
             return load_npy(folder / name, (rows, None), files.get(name, "none"))
 
         runs.append({"name": f"{folder.parent.name}/{folder.name}", "arch": folder.parent.name,
-                     "fold": stamp.get("fold"), "stamp": stamp, "kind": stamp.get("head"), "centres": centres,
+                     "fold": held, "stamp": stamp, "kind": stamp.get("head"), "centres": centres,
                      "head": embeddings("head.npy", stamp["classes"] * centres),
                      "train": embeddings("train.npy", len(train)),
                      "test": None if test is None else embeddings("test.npy", len(test))})
     return runs
+
+
+def by_fold(runs):
+    """(number of the fold, the runs that held it out) of each fold that any of the runs held out."""
+    return [(int(k), [r for r in runs if r["fold"] == k]) for k in sorted({r["fold"] for r in runs if r["fold"]}, key=int)]
 
 
 def load_added(output):
@@ -217,15 +230,12 @@ def label_oof(runs, fold, labels, classes, args, wanted, device):
     """Label each training image by the runs that did not train on it, against the images of the other folds.
     Returns {vote: class numbers [N], -1 where no run held the image out}."""
     result = {vote: np.full(len(labels), -1) for vote in wanted}
-    for k in range(fold.max() + 1):
-        held, rest = np.flatnonzero(fold == k), np.flatnonzero(fold != k)
-        out = [r for r in runs if r["fold"] == str(k)]
-        if out and len(held):
-            arrays = [r["train"] for r in out]
-            said = label(Joined(arrays, held), Joined(arrays, rest), labels[rest], classes, mean_heads(out, "train", held),
-                         args, wanted, device, scratch(args))[0]
-            for vote in wanted:
-                result[vote][held] = said[vote]
+    for k, out in by_fold(runs):
+        held, rest, arrays = np.flatnonzero(fold == k), np.flatnonzero(fold != k), [r["train"] for r in out]
+        said = label(Joined(arrays, held), Joined(arrays, rest), labels[rest], classes, mean_heads(out, "train", held),
+                     args, wanted, device, scratch(args))[0]
+        for vote in wanted:
+            result[vote][held] = said[vote]
     return result
 
 
@@ -236,7 +246,8 @@ def scratch(args):
 
 def fitting(runs, names):
     """Those of the votes that these runs allow: some need heads that fit the classes."""
-    return [name for name in names if name not in WITH_HEAD or mean_heads(runs, "train")]
+    heads = all(r["kind"] for r in runs)
+    return [name for name in names if heads or name not in WITH_HEAD]
 
 
 def score(said, truth):
@@ -273,15 +284,11 @@ def strangers(runs, grown, fold, own, numbers, output, device):
         if arrays.pop("key", None) == key:
             return arrays
     found = {}
-    for k in range(fold.max() + 1):
-        out, rows = [i for i, r in enumerate(runs) if r["fold"] == str(k)], np.flatnonzero(fold == k)
-        if out and len(rows):
-            gallery = Joined([grown[i]["train"] for i in out])
-            near = nearest_stranger([runs[i]["train"] for i in out], rows, gallery, own[rows], numbers, device)
-            found[str(k)] = np.sort(near)
+    for (k, out), (_, after) in zip(by_fold(runs), by_fold(grown), strict=True):
+        rows, gallery = np.flatnonzero(fold == k), Joined([r["train"] for r in after])
+        found[str(k)] = np.sort(nearest_stranger([r["train"] for r in out], rows, gallery, own[rows], numbers, device))
     if place()[0] == 0:
-        with atomic(file) as temporary, open(temporary, "wb") as opened:
-            np.savez(opened, key=key, **found)
+        save_npz(file, key=key, **found)
     return found
 
 
@@ -328,17 +335,15 @@ def reject(runs, grown, train, classes, numbers, args, device):
     """Which of the test images --reject takes for none of the products, bool [n]."""
     if UNKNOWN in classes:
         raise InputError(f"--reject: {UNKNOWN!r} is a label of the gallery; rename it")
-    if not any(str(r["fold"]).isdecimal() for r in runs):
+    if not by_fold(runs):
         raise InputError("--reject needs runs that held images out; train runs of folds, not of 'all'")
-    number = {label: i for i, label in enumerate(classes)}
-    own = np.array([number.get(label, -1) for label in train["label"]])
+    own = number_of(train["label"], classes)
     found = strangers(runs, grown, load_folds(args.output, train), own, numbers, args.output, device)
     strange, unseen = strangeness(grown, found, device), left_out(args.output, train)
-    if unseen is None:
+    if unseen is None and place()[0] == 0:
         print("the rate of --reject is that of products which the runs trained on; that of new ones is higher: "
               "scripts/leave_out.py measures by how much, and corrects it", file=sys.stderr)
-        return strange > args.reject
-    return ranks(strange, unseen) > args.reject
+    return (strange if unseen is None else ranks(strange, unseen)) > args.reject
 
 
 # ------------------------------------------------------------------------------------------------------------- the work
@@ -358,7 +363,7 @@ def retrieve(args, device, train, test):
     if first:
         (Path(args.output) / "oof.csv").unlink(missing_ok=True)
 
-    if args.oof and by and any(str(r["fold"]).isdecimal() for r in runs):
+    if args.oof and by and by_fold(runs):
         choose = args.vote == "auto" and by != "random"
         wanted, fold = fitting(runs, VOTES if choose else [*DEFAULT_VOTES, vote]), load_folds(args.output, train)
         said = label_oof(runs, fold, labels, len(trained), args, wanted, device)
@@ -366,9 +371,9 @@ def retrieve(args, device, train, test):
         if choose and scores["oof"]:
             vote = scores["vote"] = max(["nearest", *fitting(grown, wanted)], key=scores["oof"].get)  # of equal ones the first
         if first:
-            with atomic(Path(args.output) / "oof.csv") as temporary:
-                names = np.array([*trained, ""], object)  # the last, -1: no run held the image out
-                train[["path", "label"]].assign(fold=fold, prediction=names[said[vote]]).to_csv(temporary, index=False)
+            names = np.array([*trained, ""], object)  # the last, -1: no run held the image out
+            table = train[["path", "label"]].assign(fold=fold, prediction=names[said[vote]])
+            save_csv(Path(args.output) / "oof.csv", table)
     wanted = list(dict.fromkeys([*fitting(grown, DEFAULT_VOTES), vote]))
     if test is not None:
         whole = read_test(args.input, args.allow_outside)
@@ -384,16 +389,13 @@ def retrieve(args, device, train, test):
         said = {name: with_bad(test, good, own, np.bincount(numbers).argmax()) for name, own in said.items()}
         strange, similarity = with_bad(test, good, strange, False), with_bad(test, good, similarity, 0)
         index = with_bad(test, good, gallery.index.to_numpy()[index], -1)
-        with atomic(Path(args.output) / "neighbours.npz") as temporary, open(temporary, "wb") as file:
-            np.savez(file, similarity=similarity, index=index)
+        save_npz(Path(args.output) / "neighbours.npz", similarity=similarity, index=index)
         prediction = np.where(strange, UNKNOWN, np.array(classes, object)[said[vote]])
         (Path(args.output) / "confidence.csv").unlink(missing_ok=True)  # of the former submission; expect.py writes it anew
-        with atomic(Path(args.output) / "submission.csv") as temporary:
-            test.assign(prediction=prediction).to_csv(temporary, index=False)
+        save_csv(Path(args.output) / "submission.csv", test.assign(prediction=prediction))
         scores["submission"] = file_fingerprint(Path(args.output) / "submission.csv")
         if truth is not None:
-            number = {label: i for i, label in enumerate(classes)}
-            true = np.array([number.get(label, -2) for label in truth])
+            true = number_of(truth, classes)
             scores["test"] = score(said, true)
         if args.reject:
             scores["reject"] = {"rate": args.reject, "kept": round(1 - strange.mean(), 4)}

@@ -33,6 +33,7 @@ usage() { sed -n '2,14s/^# \{0,1\}//p' run_all.sh; exit "$1"; }
     TRAIN=(--size 96 --epochs 4 --batch-size 16 --lr 0.003 --head-lr-scale 5 --precision fp32 --eval-every 4)
 }
 while (($#)); do
+    [[ $1 == --*=* ]] && set -- "${1%%=*}" "${1#*=}" "${@:2}"
     case $1 in
         --demo) ;;
         --folds-only) FOLDS_ONLY=1 ;;
@@ -41,16 +42,12 @@ while (($#)); do
             [[ -n ${2:-} ]] || { echo "error: $1 needs a value" >&2; exit 2; }
             name=${1#--}; declare "${name^^}=$2"; shift ;;
         --n-folds) TRAIN+=("$1" "${2:-}"); N_FOLDS=${2:-}; shift ;;
-        --n-folds=*) TRAIN+=("$1"); N_FOLDS=${1#*=} ;;
         --device) DEVICE=(--device "${2:-}"); shift ;;
         --allow-outside) TRAIN+=("$1") SCRIPTS+=("$1") ;;
-        --deterministic|--cache|--no-cache|--cache-size=*) TRAIN+=("$1") EXTRACT+=("$1") ;;
+        --deterministic|--cache|--no-cache) TRAIN+=("$1") EXTRACT+=("$1") ;;
         --cache-size) TRAIN+=("$1" "${2:-}") EXTRACT+=("$1" "${2:-}"); shift ;;
-        --workers=*) TRAIN+=("$1") EXTRACT+=("$1") EXPECT+=("$1") ;;
         --workers) TRAIN+=("$1" "${2:-}") EXTRACT+=("$1" "${2:-}") EXPECT+=("$1" "${2:-}"); shift ;;
-        --arch|--arch=*|--fold|--fold=*|--archs=*|--folds=*|--input=*|--output=*|--rounds=*|--cards=*|--device=*)
-            echo "error: ${1%%=*} is not for run_all.sh; write --archs \"A B\", --folds \"0 1\", --input DIR, --output DIR" >&2
-            exit 2 ;;
+        --arch|--fold) echo "error: $1 is not for run_all.sh; write --archs \"A B\" or --folds \"0 1\"" >&2; exit 2 ;;
         *) TRAIN+=("$1") ;;
     esac
     shift

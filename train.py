@@ -37,6 +37,7 @@ from utils import (
     progress,
     run,
     save_checkpoint,
+    save_csv,
     save_json,
     script_parser,
     seed_everything,
@@ -330,11 +331,11 @@ def record_arguments(folder, args, device):
     if args.restart:
         for old in ("last.pt", "best.pt", "log.csv", "extract.json", "args.json", EVENTS):
             (folder / old).unlink(missing_ok=True)
+    kinds = {"precision": str, "embed_precision": str}
     begun = (folder / "last.pt").exists() or (folder / "best.pt").exists()  # before the first epoch nothing is at stake
-    recorded = load_json(folder / "args.json", precision=str) if begun and (folder / "args.json").exists() else None
+    recorded = load_json(folder / "args.json", **kinds) if begun and (folder / "args.json").exists() else None
     given = args.precision
     if recorded:
-        recorded = {"embed_precision": recorded["precision"], "freeze": 0} | recorded  # a run of an earlier version
         recorded = {name: value for name, value in recorded.items() if name not in MACHINE}
     for name, training in (("precision", True), ("embed_precision", False)):
         if getattr(args, name) == "auto":
@@ -375,8 +376,7 @@ def write_log(folder, history, events):
     """log.csv, and before it, since a log with the last epoch says that the run is finished, its events if wanted."""
     if events:
         write_events(folder / EVENTS, history)
-    with atomic(folder / "log.csv") as temporary:
-        pd.DataFrame(history).to_csv(temporary, index=False)
+    save_csv(folder / "log.csv", pd.DataFrame(history))
 
 
 def event_bytes(history):
@@ -463,8 +463,8 @@ def fit(folder, args, recorded, train, fold, device):
 
     sampler = EpochSampler(len(seen), args.seed, args.batch_size, args.grad_accum)
     loader = make_loader(images(seen, augment), sampler, args.workers, device)
-    counts = class_weights(truth[seen], len(classes)) if args.class_weights else torch.ones(len(classes))
-    weights = counts.to(device)
+    weights = class_weights(truth[seen], len(classes)) if args.class_weights else torch.ones(len(classes))
+    weights = weights.to(device)
 
     state = load_last(folder, stamps)
     done, best, history = state["epoch"], state["best"], state["history"]

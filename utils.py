@@ -40,6 +40,7 @@ import json
 import multiprocessing
 import random
 import re
+import resource
 import signal
 import stat
 import traceback
@@ -251,9 +252,7 @@ def peak_memory(device):
     """Peak memory in GiB: of the GPU's allocator, or of this process on a CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**30
-    import resource  # POSIX only, like fcntl; the unit is KiB on Linux
-
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # KiB on Linux
 
 
 # ---------------------------------------------------------------------------------------- several processes (torchrun)
@@ -266,8 +265,6 @@ def processes(device):
     if int(os.environ.get("WORLD_SIZE", 1)) == 1:
         yield True
         return
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=datetime.timedelta(days=7))
     yield dist.get_rank() == 0
     dist.destroy_process_group()  # not after an error: it would wait for the others
@@ -388,25 +385,43 @@ def load_json(path, **kinds):
     return value
 
 
+@contextlib.contextmanager
+def reading(path, mend, what="damaged"):
+    """What a reader raises for a damaged file, of many kinds, as a sentence; that it cannot be opened stays an OSError."""
+    try:
+        yield
+    except InputError:
+        raise
+    except Exception as error:
+        if isinstance(error, OSError) and error.filename:
+            raise
+        reason = str(error).strip().partition("\n")[0][:120]
+        raise InputError(f"{path} is {what} ({reason}); {mend}") from None
+
+
+def save_csv(path, table):
+    with atomic(path) as temporary:
+        table.to_csv(temporary, index=False)
+
+
 def save_npy(path, array):
     with atomic(path) as temporary, open(temporary, "wb") as file:
         np.save(file, array, allow_pickle=False)
 
 
+def save_npz(path, /, **arrays):
+    with atomic(path) as temporary, open(temporary, "wb") as file:
+        np.savez(file, **arrays)
+
+
 def load_npy(path, shape=None, digest=None):
     """Memory map of a float32 .npy; `shape` (None = any) and `digest`, its file_fingerprint, are checked. Never unpickles."""
-    try:
+    if not Path(path).exists():
+        raise InputError(f"{path} is not there; run extract.py again")
+    with reading(path, "run extract.py again"):
         array = np.load(regular(path, most=None), mmap_mode="r", allow_pickle=False)
         if not isinstance(array, np.memmap):
             raise ValueError("no .npy")
-    except FileNotFoundError:
-        raise InputError(f"{path} is not there; run extract.py again") from None
-    except InputError:
-        raise
-    except Exception as error:  # NumPy's reader of headers raises many kinds
-        if isinstance(error, OSError) and error.filename:
-            raise
-        raise InputError(f"{path} is damaged ({str(error).partition(chr(10))[0][:120]}); run extract.py again") from None
     if array.dtype != np.float32 or array.ndim != 2 or not array.flags.c_contiguous:
         raise InputError(f"{path} holds {array.dtype} {array.shape}, not float32 [N, D] by rows; run extract.py again")
     if shape and any(want is not None and want != have for want, have in zip(shape, array.shape, strict=True)):
@@ -418,15 +433,8 @@ def load_npy(path, shape=None, digest=None):
 
 def load_npz(path, mend):
     """The arrays of an .npz by name, compared with its checksums. `mend`: what to do about a damaged one."""
-    try:
-        with np.load(regular(path, most=None), allow_pickle=False) as file:
-            return dict(file)
-    except InputError:
-        raise
-    except Exception as error:  # NumPy's and Python's readers raise many kinds
-        if isinstance(error, OSError) and error.filename:
-            raise
-        raise InputError(f"{path} is damaged ({str(error).partition(chr(10))[0][:120]}); {mend}") from None
+    with reading(path, mend), np.load(regular(path, most=None), allow_pickle=False) as file:
+        return dict(file)
 
 
 def new_npy(path, dtype, shape):
@@ -492,7 +500,9 @@ def save_checkpoint(path, value):
 def load_checkpoint(path, **kinds):
     """Tensors and plain values only: a checkpoint that carries code is refused, not run. PyTorch does not look at the
     checksums in the file: they are compared here. `kinds`: types of keys that must be there, e.g. model=dict."""
-    try:
+    if not Path(path).exists():
+        raise InputError(f"{path} is not there; run train.py first")
+    with reading(path, "delete it and run the step again", "damaged or no plain checkpoint"):
         if zipfile.is_zipfile(regular(path, most=None)):
             with zipfile.ZipFile(path) as file:
                 if any(record.compress_type != zipfile.ZIP_STORED for record in file.infolist()):
@@ -506,15 +516,6 @@ def load_checkpoint(path, **kinds):
         if kinds:
             json.dumps([value.get(key) for key in PLAIN])  # TypeError
         return value
-    except FileNotFoundError:
-        raise InputError(f"{path} is not there; run train.py first") from None
-    except InputError:
-        raise
-    except Exception as error:  # torch.load raises many kinds for a damaged or foreign file
-        if isinstance(error, OSError) and error.filename:
-            raise
-        reason = str(error).strip().partition("\n")[0][:120]
-        raise InputError(f"{path} is damaged or no plain checkpoint ({reason}); delete it and run the step again") from None
 
 
 def fingerprint(rows):

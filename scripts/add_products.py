@@ -14,7 +14,7 @@ import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from utils import InputError, atomic, file_fingerprint, lock, pick_device, progress, run, script_parser
+from utils import InputError, file_fingerprint, lock, pick_device, progress, run, save_npz, script_parser
 
 import numpy as np
 import pandas as pd
@@ -128,8 +128,7 @@ def main():
             return
         (Path(args.output) / "neighbours.npz").unlink(missing_ok=True)  # they would be of another gallery
         if len(after["path"]) or len(after["removed"]):
-            with atomic(file) as temporary, open(temporary, "wb") as opened:
-                np.savez(opened, **after)
+            save_npz(file, **after)
         else:
             file.unlink()
     gallery, fresh = grow([], args.output, train)[1], (~np.isin(after["content"], before["content"])).sum()

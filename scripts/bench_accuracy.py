@@ -16,7 +16,7 @@ import time
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from utils import InputError, atomic, autocast, pick_device, pick_precision, run, script_parser, seed_everything
+from utils import InputError, atomic, autocast, pick_device, pick_precision, run, save_csv, script_parser, seed_everything
 
 import pandas as pd
 import torch
@@ -179,8 +179,7 @@ def main():
                 if any(tuple(row[k] for k in keys) == key for row in rows):
                     continue
                 rows.append(train_peer(fold, seed, args) if variant == PEER else train(variant, fold, seed, args))
-                with atomic(file) as temporary:
-                    pd.DataFrame(rows).to_csv(temporary, index=False)
+                save_csv(file, pd.DataFrame(rows))
                 print(rows[-1], flush=True)
     table = pd.DataFrame(rows).groupby("variant", sort=False)[["head_acc", "retrieval_acc", "seconds"]]
     print(table.agg(["mean", "std", "count"]).round(4).to_string())

@@ -14,7 +14,7 @@ import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from utils import InputError, atomic, pick_device, run, script_parser
+from utils import InputError, pick_device, run, save_csv, script_parser
 
 import numpy as np
 import pandas as pd
@@ -70,8 +70,7 @@ def main():
         rows.append({"shift": shift, "true": round(float(right.mean()), 4), **figures})
         print(rows[-1], flush=True)
     table = pd.DataFrame(rows)
-    with atomic(Path(args.output) / "expected.csv") as temporary:
-        table.to_csv(temporary, index=False)
+    save_csv(Path(args.output) / "expected.csv", table)
     print("mean absolute error:")
     for name in ("expected", "by_evidence", "by_agreement", "held_out", "held_out_other_looks",
                  "average_thresholded_confidence", "difference_of_confidences"):

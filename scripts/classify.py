@@ -18,7 +18,6 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from utils import (
     InputError,
-    Store,
     keep_freed_memory,
     load_json,
     normalise,
@@ -47,8 +46,7 @@ from dataset import (
     resize,
 )
 from extract import embed_pass, load_model
-from models import Model
-from retrieve import UNKNOWN, check_reject_flag, grow, load_runs, reject, reject_flag, stamps_of
+from retrieve import UNKNOWN, by_fold, check_reject_flag, grow, load_runs, reject, reject_flag, stamps_of
 from search import as_tensor, merge
 
 
@@ -109,7 +107,7 @@ def load(args, device):
     trained = load_runs(args.output, args.runs, train, None)
     runs, gallery = grow(trained, args.output, train)
     for r in runs:
-        r["model"] = load_model(Path(args.output) / r["name"], device).eval()
+        r["model"] = load_model(Path(args.output) / r["name"], r["stamp"], device).eval()
         r["views"] = [(size, r["stamp"]["resize"]) for size in r["stamp"]["sizes"]]
         r["inverse"] = 1 / torch.linalg.vector_norm(as_tensor(r["train"]), dim=1).clamp(min=1e-12)
     return runs, gallery, train, trained
@@ -122,7 +120,7 @@ def load_calibration(args, train, trained, classes, device):
     file = Path(args.output) / "expected.json"
     expected = load_json(file, runs=dict, calibration=dict) if file.exists() else {"runs": None}
     same = expected["runs"] == {r["name"]: stamps_of([r]) for r in trained}
-    if same and "weights" in expected["calibration"]:  # which an earlier version did not write
+    if same:
         try:
             found, kept = expected["calibration"], expected["calibration"]["kept"]
             found = {name: np.asarray(found[name], float) for name in ("sharpness", "weights", "offset")}
@@ -132,7 +130,7 @@ def load_calibration(args, train, trained, classes, device):
         except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise InputError(f"{file} is not what scripts/expect.py wrote ({error}); run it again") from None
         return found
-    if any(str(r["fold"]).isdecimal() for r in trained):
+    if by_fold(trained):
         labels, fold = encode(train["label"])[1], load_folds(args.output, train)
         rows, _, look = out_of_fold(trained, fold, known_looks(args.output, train, fold), labels, labels.max() + 1, device)
         print("confidences are those of photographs like the training ones; scripts/expect.py makes them those of the test "
@@ -152,8 +150,8 @@ def embed_all(photos, runs, device, batch_size):
             result = []
             for r in runs:
                 precision = pick_precision(r["stamp"]["precision"], device)
-                result.append(np.mean([embed_pass(r["model"], images[view], device, precision, batch_size, 0, r["name"],
-                                                  Model.forward, Store()) for view in r["views"]], 0))
+                result.append(np.mean([embed_pass(r["model"], images[view], device, precision, batch_size, 0, r["name"])
+                                       for view in r["views"]], 0))
             yield result
             bar.update(len(zeros))
 

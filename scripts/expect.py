@@ -29,14 +29,15 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from utils import (
     InputError,
     accuracy,
-    atomic,
     file_fingerprint,
     load_json,
     load_npz,
     pick_device,
     pick_precision,
     run,
+    save_csv,
     save_json,
+    save_npz,
     script_parser,
 )
 
@@ -62,6 +63,7 @@ from dataset import (
     load_test,
     load_train,
     make_look_folds,
+    number_of,
     read_csv,
     read_solution,
     read_test,
@@ -69,7 +71,7 @@ from dataset import (
 )
 from extract import check_embeddings, embed, load_model, pick_batch_size
 from models import EMBEDDING, fold_batch_norm
-from retrieve import UNKNOWN, grow, load_runs, stamps_of
+from retrieve import UNKNOWN, by_fold, grow, load_runs, stamps_of
 from search import Joined, topk
 
 NEIGHBOURS = 100  # looked at for the evidence: enough that several classes are among them
@@ -136,11 +138,10 @@ def known_looks(output, train, fold):
 def out_of_fold(runs, fold, part, labels, classes, device, looks=LOOKS, seed=0):
     """held_out of all images by the runs of their fold: (rows, against all, against other looks)."""
     found = []
-    for k in range(fold.max() + 1):
-        arrays, rows = [r["train"] for r in runs if r["fold"] == str(k)], np.flatnonzero(fold == k)
-        if arrays and len(rows):
-            own = own_looks(arrays, labels, part, looks, seed)
-            found.append((rows, *held_out(arrays, rows, labels, own, classes, device)))
+    for k, out in by_fold(runs):
+        arrays, rows = [r["train"] for r in out], np.flatnonzero(fold == k)
+        own = own_looks(arrays, labels, part, looks, seed)
+        found.append((rows, *held_out(arrays, rows, labels, own, classes, device)))
     return [np.concatenate(parts) for parts in zip(*found, strict=True)]
 
 
@@ -317,22 +318,17 @@ def embed_jointly(runs, args, make, device):
     whose models are in memory together."""
     alike, found = {}, {}
     for r in runs:
-        stamp = r["stamp"]
-        kind = *stamp["sizes"], stamp["resize"], pick_precision(stamp["precision"], device)
-        alike.setdefault(kind, []).append(r["name"])
-    for (*sizes, resize, precision), names in alike.items():
-        models = nn.ModuleList(fold_batch_norm(load_model(Path(args.output) / name, device), sizes[0]) for name in names)
-        images = make(sizes[0], resize)
+        kind = *r["stamp"]["sizes"], r["stamp"]["resize"], pick_precision(r["stamp"]["precision"], device)
+        alike.setdefault(kind, []).append(r)
+    for (*sizes, resize, precision), some in alike.items():
+        models = [load_model(Path(args.output) / r["name"], r["stamp"], device) for r in some]
+        models, images = nn.ModuleList(fold_batch_norm(model, sizes[0]) for model in models), make(sizes[0], resize)
         joint = embed(models, images, device, precision, pick_batch_size(device), args.workers,
-                      f"{len(names)} runs, altered images", sizes, side_by_side, EMBEDDING * len(names))
-        for name, part in zip(names, np.split(joint, len(names), 1), strict=True):
-            found[name] = check_embeddings(np.ascontiguousarray(part), images)
+                      f"{len(some)} runs, altered images", sizes,
+                      lambda models, batch: torch.cat([model(batch) for model in models], 1), EMBEDDING * len(some))
+        for r, part in zip(some, np.split(joint, len(some), 1), strict=True):
+            found[r["name"]] = check_embeddings(np.ascontiguousarray(part), images)
     return found
-
-
-def side_by_side(models, images):
-    """Embeddings [B, 512 R] by R models."""
-    return torch.cat([model(images) for model in models], 1)
 
 
 def altered_sets(runs, part, labels, train, args, device):
@@ -357,8 +353,7 @@ def altered_sets(runs, part, labels, train, args, device):
             return AlteredImages(args.input, train["path"].iloc[rows], labels[rows], size, resize, args.seed)
 
         kept = {"key": key} | embed_jointly(runs, args, altered, device)
-        with atomic(file) as temporary, open(temporary, "wb") as opened:
-            np.savez(opened, **kept)
+        save_npz(file, **kept)
     queries = [kept[r["name"]] for r in runs]
     similarity, index = search_strangers(Joined(queries), Joined([r["train"] for r in runs]), NEIGHBOURS, device, own, looks)
     best, votes = class_best(similarity, labels[index], labels.max() + 1), half_votes(runs, queries, labels, device, own, looks)
@@ -416,11 +411,11 @@ def shift(run_, fold, seed, device):
 # ------------------------------------------------------------------------------------------------------------- the work
 
 
-def expect(runs, fold, part, labels, grown, numbers, sets, own, args, device, said=None):
+def expect(runs, fold, part, labels, grown, numbers, sets, set_prior, args, device, said=None):
     """(confidence [n], class number [n], nearest similarity [n], figures for expected.json) of the labels `said` [n] (default:
     of the nearest images; so where it is -1).
-    labels: class numbers of the rows of train.csv, of which the `sets` of altered_sets are, of classes as frequent as `own`;
-    grown, numbers: the runs and class numbers of the gallery."""
+    labels: class numbers of the rows of train.csv, of which the `sets` of altered_sets are, their classes as frequent as
+    `set_prior`; grown, numbers: the runs and class numbers of the gallery."""
     rows, random, look = out_of_fold(runs, fold, part, labels, labels.max() + 1, device, args.looks, args.seed)
     truth = labels[rows]
     queries = [r["test"] for r in grown]
@@ -430,7 +425,7 @@ def expect(runs, fold, part, labels, grown, numbers, sets, own, args, device, sa
     said = nearest if said is None else np.where(said < 0, nearest, said)
     votes, evidence = half_votes(grown, queries, numbers, device), probability(best, calibrate(look, truth), said)
     prior = np.bincount(numbers) / len(numbers)
-    learned, error = learn(sets, own), float((errors(sets, own) ** 2).mean() ** 0.5)
+    learned, error = learn(sets, set_prior), float((errors(sets, set_prior) ** 2).mean() ** 0.5)
     confidence = confide(best, votes, said, learned, prior)
     calibration = calibrate_alone(best, votes, learned, prior)
     expected = float(confidence.mean())
@@ -443,15 +438,14 @@ def expect(runs, fold, part, labels, grown, numbers, sets, own, args, device, sa
                "average_thresholded_confidence": average_thresholded_confidence(held, right, test),
                "difference_of_confidences": difference_of_confidences(expit(held), right, expit(test))}
     figures = {name: value if value is None else round(float(value), 4) for name, value in figures.items()}
-    first = next(r for r in runs if str(r["fold"]).isdecimal())
-    figures |= shift(first, fold, args.seed, device)
+    figures |= shift(next(r for r in runs if r["fold"]), fold, args.seed, device)
     figures |= {"runs": {r["name"]: stamps_of([r]) for r in runs}, "calibration": calibration}
     return confidence, said, similarity[:, 0], figures
 
 
 def submitted(args, test, classes, grown):
     """(vote, its class numbers of the test images [n], -1 for rejected ones) of the submission."""
-    output, number = Path(args.output), {label: i for i, label in enumerate(classes)}
+    output = Path(args.output)
     scores = load_json(output / "scores.json", vote=str)
     table = read_csv(output / "submission.csv", ["filename", "prediction"])
     table = table[table["filename"].isin(test["filename"])].reset_index(drop=True)  # less those in bad_images.csv
@@ -460,7 +454,7 @@ def submitted(args, test, classes, grown):
     if scores.get("stamps") != stamps_of(grown) or not table["filename"].equals(test["filename"]):
         raise InputError(f"{output}/submission.csv is of other runs, embeddings or images than there are now; run retrieve.py "
                          "again")
-    return scores["vote"], table["prediction"].map(number).fillna(-1).to_numpy(np.int64)
+    return scores["vote"], number_of(table["prediction"], classes)
 
 
 def forget(output):
@@ -483,7 +477,7 @@ def main():
     grown, gallery = grow(runs, args.output, train)
     labels, (classes, numbers) = encode(train["label"])[1], encode(gallery["label"])
     vote, said = ("nearest", None) if nearest else submitted(args, good, classes, grown)
-    if not any(str(r["fold"]).isdecimal() for r in runs):
+    if not by_fold(runs):
         forget(args.output)
         print("no run held images out, so nothing is known of the accuracy to expect; train runs of folds, not of 'all'")
         return
@@ -509,8 +503,7 @@ def main():
     truth = read_solution(args.input, test["filename"])
     figures["vote"] = vote
     figures["true"] = None if truth is None else round(float((table["prediction"] == truth).mean()), 4)
-    with atomic(Path(args.output) / "confidence.csv") as temporary:
-        table.to_csv(temporary, index=False)
+    save_csv(Path(args.output) / "confidence.csv", table)
     figures["confidence_csv"] = file_fingerprint(Path(args.output) / "confidence.csv")
     save_json(Path(args.output) / "expected.json", figures)
     print(f"held out {figures['held_out']:.2f} ({figures['held_out_other_looks']:.2f} against other looks); on these "

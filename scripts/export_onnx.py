@@ -93,7 +93,7 @@ def main():
     if not (folder / "extract.json").exists():
         raise InputError(f"{folder} has no embeddings; run train.py and extract.py first")
     stamp, train = load_json(folder / "extract.json"), load_train(args)
-    model = Embedder(load_model(folder, torch.device("cpu")), stamp["sizes"]).eval()
+    model = Embedder(load_model(folder, stamp, torch.device("cpu")), stamp["sizes"]).eval()
     rows = np.linspace(0, len(train) - 1, min(args.n, len(train))).astype(int)
     photographs = [read_image(Path(args.input) / train["path"][row]) for row in rows]
     target = folder / "model.onnx"

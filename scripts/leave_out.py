@@ -14,7 +14,7 @@ import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from utils import InputError, atomic, load_json, pick_device, run, save_json, script_parser
+from utils import InputError, load_json, pick_device, run, save_csv, save_json, script_parser
 
 import numpy as np
 
@@ -53,8 +53,7 @@ def without(source, train, folder, left, test=False):
         if entry.name not in kept_back and not entry.name.startswith(".") and not link.is_symlink():
             link.symlink_to(entry)
     out = train["label"].isin(left)
-    with atomic(folder / "train.csv") as temporary:
-        train[~out].to_csv(temporary, index=False)
+    save_csv(folder / "train.csv", train[~out])
     return train[out]
 
 

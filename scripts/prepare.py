@@ -20,7 +20,7 @@ import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from utils import InputError, atomic, progress, run, script_parser
+from utils import InputError, progress, run, save_csv, script_parser
 
 import numpy as np
 import pandas as pd
@@ -148,11 +148,6 @@ def place(source, output, train, test, copy):
                 shutil.copy2(new, old)
 
 
-def save(table, path):
-    with atomic(path) as temporary:
-        table.to_csv(temporary, index=False)
-
-
 def main():
     args = parse_args()
     source, output = Path(args.source).resolve(), Path(args.output)
@@ -162,9 +157,9 @@ def main():
     output.mkdir(parents=True, exist_ok=True)
     place(source, output, train, test, args.copy)
     test = test.rename(columns={"path": "filename"})
-    save(test[["filename", "label"]], output / "solution.csv")
-    save(test[["filename"]].assign(prediction=train["label"].iloc[0]), output / "sample_submission.csv")
-    save(train.assign(path="images/" + train["path"]), output / "train.csv")
+    save_csv(output / "solution.csv", test[["filename", "label"]])
+    save_csv(output / "sample_submission.csv", test[["filename"]].assign(prediction=train["label"].iloc[0]))
+    save_csv(output / "train.csv", train.assign(path="images/" + train["path"]))
     print(f"{output}: {len(train)} training and {len(test)} test images of {train['label'].nunique()} labels")
 
 

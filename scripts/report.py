@@ -106,7 +106,7 @@ def curves(output, runs):
 
 def shift(runs, fold, device, seed):
     """Histogram of nearest similarities and map of embeddings, held-out training images against test images, by one run."""
-    r = next((r for r in runs if str(r["fold"]).isdecimal()), None)
+    r = next((r for r in runs if r["fold"]), None)
     if r is None or fold is None:
         return [], []
     rows, gallery = np.flatnonzero(fold == int(r["fold"])), Joined([r["train"]])

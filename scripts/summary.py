@@ -18,7 +18,7 @@ import pandas as pd
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from utils import InputError, duration, load_json, pick_device, run, save_text, script_parser
 
-from dataset import encode, load_folds, load_test, load_train, read_solution, read_test, with_bad
+from dataset import encode, load_folds, load_test, load_train, number_of, read_solution, read_test, with_bad
 from retrieve import fitting, grow, label_oof, label_test, load_runs, score, scratch
 from votes import DEFAULT_VOTES, VOTES, check_vote_flags, vote_flags
 
@@ -63,7 +63,6 @@ def main():
     runs = load_runs(args.output, None, train, good)
     grown, gallery = grow(runs, args.output, train)
     (trained, labels), (classes, numbers) = encode(train["label"]), encode(gallery["label"])
-    number = {label: i for i, label in enumerate(classes)}
     votes = fitting(grown, args.votes)
     if not votes:
         raise InputError(f"--votes {' '.join(args.votes)}: all need runs whose head fits these classes; add sum")
@@ -76,9 +75,10 @@ def main():
         if fold is not None:
             results.append(("out-of-fold", score(label_oof(members, fold, labels, len(trained), args, votes, device), labels)))
         if truth is not None:
-            said = label_test(grow(members, args.output, train)[0], numbers, len(classes), args, votes, device)[0]
+            after = [r for r in grown if r["name"] in [member["name"] for member in members]]
+            said = label_test(after, numbers, len(classes), args, votes, device)[0]
             said = {vote: with_bad(test, good, x, np.bincount(numbers).argmax()) for vote, x in said.items()}
-            results.append(("test", score(said, np.array([number.get(label, -2) for label in truth]))))
+            results.append(("test", score(said, number_of(truth, classes))))
         lines += [[title, split, *(f"{result[vote]:.4f}" for vote in votes)] for split, result in results if result]
     shutil.rmtree(scratch(args), ignore_errors=True)
     report = table(lines, ["accuracy", "images", *(NAMES.get(vote, vote) for vote in votes)])

@@ -108,6 +108,10 @@ def test_folds_changed_on_disk_or_other_than_the_run_s_are_refused(data, finishe
     (finished / "folds.csv").write_text(before.replace(",0,random", ",1,random", 1))
     with pytest.raises(InputError, match=r"folds\.csv is damaged, or was changed"):
         load_folds(finished, read_train(data))
+    (finished / "folds.csv").write_text(before.replace(",by,check", ",drawn,check", 1))
+    with pytest.raises(InputError, match=r"folds\.csv is damaged, or was changed"):
+        load_folds(finished, read_train(data))
+    (finished / "folds.csv").write_text(before)
     pd.read_csv(finished / "folds.csv").assign(fold=(fold + 1) % 5).drop(columns="check").to_csv(finished / "folds.csv",
                                                                                                 index=False)
     refused = script("retrieve.py", "--input", data, "--output", finished, code=2)
