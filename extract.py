@@ -1,5 +1,6 @@
 """Flip-averaged embeddings of finished runs.
 
+Runs with the same image sizes, resizing and precision share one pass over the images.
 Reads  input/{train.csv,sample_submission.csv}, output/<arch>/fold<k>/best.pt
 Writes output/<arch>/fold<k>/{train,test,head}.npy (float32 [N, 512] in the CSV's order, not normalised) and extract.json
 
@@ -9,6 +10,7 @@ Writes output/<arch>/fold<k>/{train,test,head}.npy (float32 [N, 512] in the CSV'
     python extract.py --arch dm_nfnet_f0 --fold 0 --weights original.pth --size 256 --precision fp32
 """
 
+import contextlib
 import json
 import shutil
 import time
@@ -124,24 +126,30 @@ def finished_runs(output, arch=None, fold=None):
 
 
 def embed(model, images, device, precision="fp32", batch_size=64, workers=0, what="embedding", sizes=None,
-          output=Model.forward, width=EMBEDDING, store=lambda size: None):
+          output=Model.forward, width=EMBEDDING):
     """Flip-averaged embeddings of a dataset.Images in its order: float32 [N, width], not normalised, averaged over the image
     `sizes` (default: that of `images`). The model runs in eval mode and is left as it was. `output`: function of the model and
-    a batch [B, 3, H, W] that returns [B, width]. `store`: size -> the Store of that pass, from which an interrupted one goes
-    on."""
-    keep_freed_memory()
+    a batch [B, 3, H, W] that returns [B, width]."""
     training = model.training
-    model.eval()
-    passes = [embed_pass(model, images.at(size), device, precision, batch_size, workers, what, output, width, store(size))
-              for size in sizes or [images.size]]
+    sides = embed_sizes(model, images, device, precision, batch_size, workers, what, sizes or [images.size], output, width)
     model.train(training)
-    return check_embeddings(np.mean(passes, 0) if len(passes) > 1 else passes[0], images)
+    return check_embeddings(next(sides), images)
 
 
-def check_embeddings(embedded, images):
+def embed_sizes(model, images, device, precision, batch_size, workers, what, sizes, output, width, stores=lambda _: [Store()]):
+    """embed for an `output` of several times `width` columns, an array each: iterator over float32 [N, width], unchecked.
+    stores: function of a size -> a Store for each array, from which an interrupted pass goes on."""
+    keep_freed_memory()
+    model.eval()
+    passes = [embed_pass(model, images.at(size), device, precision, batch_size, workers, what, output, width, stores(size))
+              for size in sizes]
+    return (sum(parts[1:], parts[0]) / len(parts) if len(parts) > 1 else parts[0] for parts in zip(*passes, strict=True))
+
+
+def check_embeddings(embedded, images, of=""):
     """The embeddings [N, D] of a dataset.Images; InputError, naming the first image, if any is NaN, infinite or zero."""
     if len(bad := np.flatnonzero(~np.isfinite(embedded).all(1) | ~embedded.any(1))):
-        raise InputError(f"{images.folder / images.names[bad[0]]} gives a NaN, infinite or zero embedding ({len(bad)} of "
+        raise InputError(f"{of}{images.folder / images.names[bad[0]]} gives a NaN, infinite or zero embedding ({len(bad)} of "
                          f"{len(images)} images do); try --precision fp32, or another --lr if the training failed")
     return embedded
 
@@ -157,12 +165,25 @@ def embed_shared(model, images, device, precision, batch_size, *more, **named):
     return gather(embed(model, mine, device, precision, batch_size, *more, **named))
 
 
+def embed_jointly(models, images, device, precision, batch_size, workers, what, sizes, stores=None):
+    """embed_shared by several models in one pass, each batch decoded and copied once: an iterator over arrays float32 [N, 512],
+    unchecked. stores: function of a size -> a Store for each model."""
+    mine = images.part(share(len(images), batch_size))
+    return map(gather, embed_sizes(nn.ModuleList(models), mine, device, precision, batch_size, workers, what, sizes,
+                                   lambda models, batch: torch.cat([model(batch) for model in models], 1), EMBEDDING,
+                                   stores or (lambda size: [Store() for _ in models])))
+
+
 @torch.inference_mode()
-def embed_pass(model, images, device, precision, batch_size, workers, what, output=Model.forward, width=EMBEDDING, store=None):
-    """embed at one size. A batch that does not fit the GPU is halved, from there on. Embeddings stay on the device until
-    they are saved, since fetching them waits for it. A pass that goes on has the batches of one that was not interrupted."""
-    store = store or Store()
-    result, done = store.open(embedding=(np.float32, (len(images), width)))
+def embed_pass(model, images, device, precision, batch_size, workers, what, output=Model.forward, width=EMBEDDING, stores=None):
+    """embed_sizes at one size: a list of arrays. A batch that does not fit the GPU is halved, from there on. Embeddings stay on
+    the device until they are saved, since fetching them waits for it. A pass that goes on has the batches of one that was not
+    interrupted."""
+    stores = stores or [Store()]
+    results, begun = zip(*(store.open(embedding=(np.float32, (len(images), width))) for store in stores), strict=True)
+    done = min(begun)
+    for store in stores:
+        store.back_to(done)
     rest, waiting, saved = Subset(images, range(done, len(images))), [], time.monotonic()
     with progress(None, what, len(images)) as bar:
         bar.update(done)
@@ -185,11 +206,13 @@ def embed_pass(model, images, device, precision, batch_size, workers, what, outp
                 bar.update(len(part))
             count = done + sum(map(len, waiting))
             if time.monotonic() - saved > SAVE or count == len(images):
-                result[done:count] = torch.cat(waiting).cpu().numpy()
-                store.done(count)
+                columns = torch.cat(waiting).cpu().numpy()
+                for store, result, part in zip(stores, results, np.split(columns, len(stores), 1), strict=True):
+                    result[done:count] = part
+                    store.done(count)
                 done, waiting, saved = count, [], time.monotonic()
     assert done == len(images)
-    return result
+    return results
 
 
 def load_run(folder):
@@ -292,63 +315,109 @@ def up_to_date(folder, stamp, names):
         return False
 
 
-def extract(folder, args, train, test, device, first, cache):
-    """Embeddings of one run, unless those on disk are of this checkpoint and these rows. Interrupted, it goes on from what
-    lies in the run's .extract. `first`: this process writes."""
-    start = time.time()
+def load_job(folder, args, about, classes, names, device):
+    """{folder, model, stamp, imported} of a run, the stamp as its embeddings will have it; None where those on disk have it.
+    about: what of the stamp is the same for all runs; names: the files they are in."""
     recorded = load_json(folder / "args.json", precision=str, size=int)
-    stamp = {"train": train_fingerprint(train), "test": None if test is None else test_fingerprint(test),
-             "checkpoint": file_fingerprint(folder / "best.pt"), "fold": recorded.get("fold"),
-             "precision": pick_precision(args.precision or recorded.get("embed_precision", recorded["precision"]), device),
-             "adapt_bn": args.adapt_bn, "bytes": sizes_fingerprint(args.input, train, test),
-             "sizes": args.test_size or recorded.get("test_size") or [recorded["size"]], "gem_p": args.gem_p}
-    rows = {"train": (args.input, train["path"])}
-    if test is not None:
-        rows["test"] = (Path(args.input) / "test", test["filename"])
-    names = [*(f"{split}.npy" for split in rows), "head.npy"]
-    stamp_file = folder / "extract.json"
+    precision = args.precision or recorded.get("embed_precision", recorded["precision"])
+    stamp = about | {"checkpoint": file_fingerprint(folder / "best.pt"), "fold": recorded.get("fold"),
+                     "precision": pick_precision(precision, device), "adapt_bn": args.adapt_bn, "gem_p": args.gem_p,
+                     "sizes": args.test_size or recorded.get("test_size") or [recorded["size"]]}
     if on_first(up_to_date, folder, stamp, names):
         print(f"{folder}: up to date")
-        return
+        return None
     model, checkpoint = load_run(folder)
-    classes, labels = encode(train["label"])
     if checkpoint["classes"] != classes:
         raise InputError(f"{folder} was trained on other classes than {args.input}/train.csv; train it again")
-    model, stored = model.to(device), checkpoint["args"]
-    if stored != recorded:
+    if checkpoint["args"] != recorded:
         raise InputError(f"{folder}: args.json says other than best.pt; delete args.json and run train.py again")
     if args.gem_p:
         model.pool.p.data.fill_(args.gem_p)
     head = "softmax" if isinstance(model.head, Softmax) else "arcface" if checkpoint["head_fits"] else None
-    stamp |= {"resize": stored["resize"], "classes": len(classes), "head": head,
+    stamp |= {"resize": recorded["resize"], "classes": len(classes), "head": head,
               "centres": getattr(model.head, "centres", 1), "held_out": checkpoint.get("held_out")}
-    if first:
-        stamp_file.unlink(missing_ok=True)  # from here to the end the embeddings on disk are no matching set
+    return {"folder": folder, "model": model, "stamp": stamp, "imported": recorded["epochs"] == 0}
+
+
+def extract(folders, args, train, test, device, first, cache):
+    """Embeddings of the runs in these folders, unless those on disk are of these checkpoints and rows; runs that are alike
+    share a pass. Interrupted, it goes on from what lies in each run's .extract. `first`: this process writes."""
+    classes, labels = encode(train["label"])
+    rows = {"train": (args.input, train["path"])}
+    if test is not None:
+        rows["test"] = (Path(args.input) / "test", test["filename"])
+    names = [*(f"{split}.npy" for split in rows), "head.npy"]
+    about = {"train": train_fingerprint(train), "test": None if test is None else test_fingerprint(test),
+             "bytes": sizes_fingerprint(args.input, train, test)}
+    passes = {}
+    with contextlib.ExitStack() as locks:
+        for folder in folders:
+            with contextlib.ExitStack() as held:
+                held.enter_context(lock(folder))
+                if job := load_job(folder, args, about, classes, names, device):
+                    begun = on_first((folder / ".extract").exists)  # these would wait for those that have all before them
+                    passes.setdefault(json.dumps([alike_by(job["stamp"]), begun]), []).append(job)
+                    locks.push(held.pop_all())
+        failed = [error for kind in list(passes)
+                  for error in extract_jointly(passes.pop(kind), args, rows, labels, names, device, first, cache)]
+    if failed:
+        raise failed[0]
+
+
+def alike_by(stamp):
+    """What runs must have in common to share a pass: image sizes, way to resize, precision."""
+    return stamp["sizes"], stamp["resize"], stamp["precision"]
+
+
+def extract_jointly(jobs, args, rows, labels, names, device, first, cache):
+    """extract runs that are alike, in one pass over the training and one over the test images. Returns what is wrong with those
+    whose embeddings are no numbers; the others are written."""
+    start, (sizes, how, precision), failed = time.time(), alike_by(jobs[0]["stamp"]), []
     batch_size = args.batch_size or pick_batch_size(device)
-    key = json.dumps([stamp, batch_size, device.type, *place()])
+    for job in jobs:
+        job["model"].to(device)
+        job["key"] = json.dumps([job["stamp"], batch_size, device.type, *place()])
+    what = str(jobs[0]["folder"]) if len(jobs) == 1 else f"{len(jobs)} runs in one pass"
     for split, (base, files) in rows.items():
-        cache.add(base, files, stamp["sizes"], stored["resize"])
-        images = Images(base, files, np.zeros(len(files), np.int64), stamp["sizes"][0], stored["resize"], cache=cache)
-        name = f"{folder.parent.name}/{folder.name} {split}"
+        cache.add(base, files, sizes, how)
+        images = Images(base, files, np.zeros(len(files), np.int64), sizes[0], how, cache=cache)
         if split == "test" and args.adapt_bn:
-            adapt_bn(model, images, device, stamp["precision"], min(batch_size, 64), args.workers)
-        pieces, folded = folder / ".extract" / f"{split}{place()[0]}", fold_batch_norm(model, stamp["sizes"][0])
-        embedded = embed_shared(folded, images, device, stamp["precision"], batch_size, args.workers, name, stamp["sizes"],
-                                store=lambda size, pieces=pieces: Store(pieces / str(size), key))
-        if first:
-            save_npy(folder / f"{split}.npy", embedded)
-        if split == "train" and head and stored["epochs"] == 0 and not knows(model.head, embedded, labels):
-            stamp["head"] = None
-            print(f"{folder}: the checkpoint's head names most training images wrongly, so its classes are others, or in "
-                  "another order: the votes with the head fall away")
-    if first:
-        save_npy(folder / "head.npy", model.head.weight.detach().float().cpu().numpy())
-        save_json(stamp_file, stamp | {"files": {name: file_fingerprint(folder / name) for name in names}})
+            for job in jobs:
+                adapt_bn(job["model"], images, device, precision, min(batch_size, 64), args.workers)
+        models = [fold_batch_norm(job["model"], sizes[0]) for job in jobs]
+
+        def stores(size, jobs=jobs, split=split):
+            return [Store(job["folder"] / ".extract" / f"{split}{place()[0]}" / str(size), job["key"]) for job in jobs]
+
+        good, joint = [], embed_jointly(models, images, device, precision, batch_size, args.workers, f"{what}, {split}", sizes,
+                                        stores)
+        for job, embedded in zip(jobs, joint, strict=True):
+            folder, stamp = job["folder"], job["stamp"]
+            try:
+                check_embeddings(embedded, images, f"{folder}: ")
+            except InputError as error:
+                failed.append(error)
+                continue
+            good.append(job)
+            if first:
+                (folder / "extract.json").unlink(missing_ok=True)  # from here to the end the files are no matching set
+                save_npy(folder / f"{split}.npy", embedded)
+            if split == "train" and job["imported"] and stamp["head"] and not knows(job["model"].head, embedded, labels):
+                stamp["head"] = None
+                print(f"{folder}: the checkpoint's head names most training images wrongly, so its classes are others, or in "
+                      "another order: the votes with the head fall away")
+        jobs = good
+        if not jobs:
+            return failed
+    for job in jobs if first else []:
+        folder = job["folder"]
+        save_npy(folder / "head.npy", job["model"].head.weight.detach().float().cpu().numpy())
+        save_json(folder / "extract.json", job["stamp"] | {"files": {name: file_fingerprint(folder / name) for name in names}})
         shutil.rmtree(folder / ".extract", ignore_errors=True)
     seconds, count = time.time() - start, sum(len(files) for _, files in rows.values())
-    print(f"{folder}: {count} images in {duration(seconds)}, {count / seconds:.0f} images/s at "
-          f"{' + '.join(map(str, stamp['sizes']))} px, "
-          f"{stamp['precision']}, peak memory {peak_memory(device):.1f} GiB")
+    print(f"{what}: {count} images in {duration(seconds)}, {count * len(jobs) / seconds:.0f} embeddings/s at "
+          f"{' + '.join(map(str, sizes))} px, {precision}, peak memory {peak_memory(device):.1f} GiB")
+    return failed
 
 
 def main():
@@ -362,10 +431,8 @@ def main():
             folder = run_folder(args.output, args.arch, args.fold)
             with lock(folder):
                 on_first(import_weights, args, folder, train)
-        cache = Cache(args)
-        for folder in on_first(finished_runs, args.output, args.arch, args.fold):
-            with lock(folder):
-                extract(folder, args, train, test, device, first, cache)
+        folders = on_first(finished_runs, args.output, args.arch, args.fold)
+        extract(folders, args, train, test, device, first, Cache(args))
 
 
 if __name__ == "__main__":

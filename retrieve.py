@@ -157,7 +157,7 @@ def embedded_by(run):
 
 def stamps_of(runs):
     """SHA-256 of all that the embeddings of the runs, as `grow` returns them, come from."""
-    return fingerprint([[json.dumps(r["stamp"]) for r in runs]])
+    return fingerprint([[json.dumps(r["stamp"], sort_keys=True) for r in runs]])
 
 
 def grow(runs, output, train):

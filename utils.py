@@ -470,6 +470,11 @@ class Store:
             self.digests = [hashlib.sha256() for _ in arrays]
         return *self.arrays, self.first
 
+    def back_to(self, count):
+        """Take as done only so many rows, no more than `open` said."""
+        if self.folder is not None and count != self.first:
+            self.first, self.digests = count, [hashlib.sha256(array[:count]) for array in self.arrays]
+
     def resume(self, arrays):
         """Take up what this job left: the number of rows done, 0 if it left nothing or not what it wrote."""
         state = load_json(self.folder / "state.json", key=str, done=int, digests=list)

@@ -150,7 +150,7 @@ def embed_all(photos, runs, device, batch_size):
             result = []
             for r in runs:
                 precision = pick_precision(r["stamp"]["precision"], device)
-                result.append(np.mean([embed_pass(r["model"], images[view], device, precision, batch_size, 0, r["name"])
+                result.append(np.mean([embed_pass(r["model"], images[view], device, precision, batch_size, 0, r["name"])[0]
                                        for view in r["views"]], 0))
             yield result
             bar.update(len(zeros))

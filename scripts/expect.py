@@ -52,7 +52,6 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.model_selection import StratifiedKFold, cross_val_score
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
-from torch import nn
 
 from dataset import (
     default_workers,
@@ -69,8 +68,8 @@ from dataset import (
     read_test,
     with_bad,
 )
-from extract import check_embeddings, embed, load_model, pick_batch_size
-from models import EMBEDDING, fold_batch_norm
+from extract import alike_by, check_embeddings, embed_jointly, load_model, pick_batch_size
+from models import fold_batch_norm
 from retrieve import UNKNOWN, by_fold, grow, load_runs, stamps_of
 from search import Joined, topk
 
@@ -312,22 +311,19 @@ def confide_alone(best, votes, calibration):
     return expit(each @ calibration["weights"] + calibration["offset"])
 
 
-def embed_jointly(runs, args, make, device):
-    """{name of the run: embeddings [N, 512]} of the images that make(size, resize) returns: altered ones, which cost more to
-    make than those that extract.py reads, so they are made once for all runs that take them alike,
-    whose models are in memory together."""
+def embed_altered(runs, args, make, device):
+    """{name of the run: embeddings [N, 512]} of the images that make(size, resize) returns, made once for all runs that take
+    them alike."""
     alike, found = {}, {}
     for r in runs:
-        kind = *r["stamp"]["sizes"], r["stamp"]["resize"], pick_precision(r["stamp"]["precision"], device)
-        alike.setdefault(kind, []).append(r)
-    for (*sizes, resize, precision), some in alike.items():
-        models = [load_model(Path(args.output) / r["name"], r["stamp"], device) for r in some]
-        models, images = nn.ModuleList(fold_batch_norm(model, sizes[0]) for model in models), make(sizes[0], resize)
-        joint = embed(models, images, device, precision, pick_batch_size(device), args.workers,
-                      f"{len(some)} runs, altered images", sizes,
-                      lambda models, batch: torch.cat([model(batch) for model in models], 1), EMBEDDING * len(some))
-        for r, part in zip(some, np.split(joint, len(some), 1), strict=True):
-            found[r["name"]] = check_embeddings(np.ascontiguousarray(part), images)
+        alike.setdefault(json.dumps(alike_by(r["stamp"])), []).append(r)
+    for some in alike.values():
+        sizes, resize, precision = alike_by(some[0]["stamp"])
+        models = [fold_batch_norm(load_model(Path(args.output) / r["name"], r["stamp"], device), sizes[0]) for r in some]
+        precision, batch_size = pick_precision(precision, device), pick_batch_size(device)
+        images, what = make(sizes[0], resize), f"{len(some)} runs, altered images"
+        joint = embed_jointly(models, images, device, precision, batch_size, args.workers, what, sizes)
+        found |= {r["name"]: check_embeddings(part, images, f"{r['name']}: ") for r, part in zip(some, joint, strict=True)}
     return found
 
 
@@ -352,7 +348,7 @@ def altered_sets(runs, part, labels, train, args, device):
         def altered(size, resize):
             return AlteredImages(args.input, train["path"].iloc[rows], labels[rows], size, resize, args.seed)
 
-        kept = {"key": key} | embed_jointly(runs, args, altered, device)
+        kept = {"key": key} | embed_altered(runs, args, altered, device)
         save_npz(file, **kept)
     queries = [kept[r["name"]] for r in runs]
     similarity, index = search_strangers(Joined(queries), Joined([r["train"] for r in runs]), NEIGHBOURS, device, own, looks)
@@ -395,7 +391,8 @@ def tell_apart(held, test, seed, most=2000):
         return None
     x = np.concatenate([part[np.sort(rng.permutation(len(part))[:count])] for part in (held, test)])
     split = StratifiedKFold(min(5, count), shuffle=True, random_state=seed)
-    return round(cross_val_score(LogisticRegression(C=100, max_iter=1000), x, np.repeat([0, 1], count), cv=split).mean(), 4)
+    score = cross_val_score(LogisticRegression(C=100, max_iter=1000), x, np.repeat([0, 1], count), cv=split).mean()
+    return round(float(score), 4)
 
 
 def shift(run_, fold, seed, device):

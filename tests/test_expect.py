@@ -213,12 +213,12 @@ def test_altered_images_are_made_once_for_runs_of_one_size(data, output):
     paths, made, args = pd.read_csv(data / "train.csv")["path"][:3], [], SimpleNamespace(output=output, workers=0)
     names = ["test_efficientnet/fold0", "test_nfnet/fold1"]
     runs = [{"name": name, "stamp": load_json(output / name / "extract.json")} for name in names]
-    found = expect.embed_jointly(runs, args, make, torch.device("cpu"))
+    found = expect.embed_altered(runs, args, make, torch.device("cpu"))
     assert made == [32]
     for name in names:
         assert np.allclose(found[name], np.load(output / name / "train.npy")[:3], atol=1e-5)
     runs[0]["stamp"]["sizes"] = [48, 32]
-    apart = expect.embed_jointly(runs, args, make, torch.device("cpu"))
+    apart = expect.embed_altered(runs, args, make, torch.device("cpu"))
     assert made[1:] == [48, 32] and np.array_equal(apart[names[1]], found[names[1]])
     assert not np.allclose(apart[names[0]], found[names[0]], atol=1e-3)
 

@@ -12,7 +12,7 @@ import subprocess
 import sys
 import time
 
-from utils import load_checkpoint, load_json, save_json
+from utils import load_checkpoint, load_json, save_checkpoint, save_json
 
 import numpy as np
 import pandas as pd
@@ -307,7 +307,19 @@ def test_extract_skips_what_is_up_to_date_and_redoes_what_is_not(data, output, t
     (run / "train.npy").unlink()
     said = script("extract.py", "--input", data, "--output", tmp_path / "o", "--arch", "test_nfnet", "--batch-size", 64,
                   "--precision", "fp32").stdout
-    assert "images/s" in said and (run / "train.npy").read_bytes() == before
+    assert "embeddings/s" in said and (run / "train.npy").read_bytes() == before
+
+
+def test_runs_extracted_in_one_pass_are_those_extracted_alone(data, output, tmp_path):
+    flags = ["--input", data, "--output", tmp_path / "o", "--precision", "fp32", "--test-size", 32, 64, "--workers", 1]
+    shutil.copytree(output, tmp_path / "o")
+    runs = [tmp_path / "o" / name for name in ("test_efficientnet/fold0", "test_nfnet/fold1")]
+    assert "2 runs in one pass: 36 images" in script("extract.py", *flags).stdout
+    jointly = [(run / f"{split}.npy").read_bytes() for run in runs for split in ("train", "test", "head")]
+    for run in runs:
+        (run / "extract.json").unlink()
+        script("extract.py", *flags, "--arch", run.parent.name)
+    assert jointly == [(run / f"{split}.npy").read_bytes() for run in runs for split in ("train", "test", "head")]
 
 
 def test_other_photographs_under_the_same_names_are_extracted_anew(data, output, tmp_path):
@@ -350,31 +362,49 @@ utils.run(extract.main)
 def test_extraction_killed_inside_a_pass_goes_on_there(data, output, tmp_path):
     """SIGKILL after the training images and one of the two batches of test images: the same bytes as undisturbed."""
     shutil.copytree(output, tmp_path / "o")
-    run = tmp_path / "o" / "test_nfnet" / "fold1"
-    flags = ["--input", data, "--output", tmp_path / "o", "--arch", "test_nfnet", "--precision", "fp32", "--batch-size", "8",
-             "--workers", "0"]
-    (run / "extract.json").unlink()
-    script("extract.py", *flags, "--no-cache")
-    undisturbed = [(run / f"{name}.npy").read_bytes() for name in ("train", "test")]
-    (run / "extract.json").unlink()
-    died = subprocess.run([sys.executable, "-c", KILLED, ROOT, "4", *map(str, flags)])
-    assert died.returncode == -signal.SIGKILL
-    for part, rows in (("train", 24), ("test", 8)):
-        assert json.loads((run / ".extract" / f"{part}0" / "32" / "state.json").read_text())["done"] == rows
-    shutil.copytree(tmp_path / "o", tmp_path / "marked")
-    script("extract.py", *flags)
-    assert [(run / f"{name}.npy").read_bytes() for name in ("train", "test")] == undisturbed and not (run / ".extract").exists()
+    for stamp in (tmp_path / "o").glob("*/*/extract.json"):
+        stamp.unlink()
+    for name in ("undisturbed", "one", "both", "marked"):
+        shutil.copytree(tmp_path / "o", tmp_path / name)
+
+    def extract(name, saved=None):
+        flags = ["--input", data, "--output", tmp_path / name, "--precision", "fp32", "--batch-size", "8", "--workers", "0"]
+        if saved is None:
+            script("extract.py", *flags)
+        else:
+            died = subprocess.run([sys.executable, "-c", KILLED, ROOT, str(saved), *map(str, flags)])
+            assert died.returncode == -signal.SIGKILL
+        return {path.parent.parent.name + path.name: path.read_bytes() for path in (tmp_path / name).glob("*/*/t*.npy")}
+
+    undisturbed = extract("undisturbed")
+    extract("one", 7)  # three batches of training images by two runs, then one of test images by the first
+    assert extract("one") == undisturbed and not list((tmp_path / "one").glob("*/*/.extract"))
+    extract("both", 8)
+    assert extract("both") == undisturbed
+    extract("marked", 8)
     run = tmp_path / "marked" / "test_nfnet" / "fold1"
-    for part in ("train", "test"):  # marked as by extract.py, which would see a changed number
+    for part, rows in (("train", 24), ("test", 8)):  # marked as by extract.py, which would see a changed number
         piece = run / ".extract" / f"{part}0" / "32"
         (array := np.load(piece / "embedding.npy", mmap_mode="r+"))[0] = 7
         state = load_json(piece / "state.json")
-        save_json(piece / "state.json", state | {"digests": [hashlib.sha256(array[:state["done"]]).hexdigest()]})
-    flags[3] = tmp_path / "marked"
-    script("extract.py", *flags)
-    for part, before in zip(("train", "test"), undisturbed, strict=True):
-        found = np.load(run / f"{part}.npy")
+        assert state["done"] == rows
+        save_json(piece / "state.json", state | {"digests": [hashlib.sha256(array[:rows]).hexdigest()]})
+    extract("marked")
+    for part in ("train", "test"):
+        found, before = np.load(run / f"{part}.npy"), undisturbed[f"test_nfnet{part}.npy"]
         assert (found[0] == 7).all() and found[1:].tobytes() == before[-found[1:].nbytes:], "nothing is computed twice"
+
+
+def test_a_run_without_numbers_does_not_stop_the_others_of_its_pass(data, output, tmp_path):
+    shutil.copytree(output, tmp_path / "o")
+    run, other = (tmp_path / "o" / name for name in ("test_efficientnet/fold0", "test_nfnet/fold1"))
+    checkpoint = load_checkpoint(run / "best.pt")
+    checkpoint["model"]["neck.0.weight"] *= float("nan")
+    save_checkpoint(run / "best.pt", checkpoint)
+    (other / "extract.json").unlink()
+    refused = script("extract.py", "--input", data, "--output", tmp_path / "o", code=2).stderr
+    assert f"{run}: " in refused and "NaN" in refused and (other / "extract.json").exists()
+    assert script("extract.py", "--input", data, "--output", tmp_path / "o", code=2).stdout.count("up to date") == 1
 
 
 def test_a_begun_run_keeps_its_precision(data, tmp_path):
