@@ -6,6 +6,7 @@
     original    the original solution's way: float32, contiguous layout, decode and normalise in the loader, two passes
     read ...    the loader alone, from the cache and from the files; copy: batches to the device alone
 
+Several backbones are measured one by one, then together in one pass over the images, as extract.py takes runs that are alike.
 Prints images/s and the share of the limit's; then the same of processor time, which is steadier on a CPU that others use;
 each turn's images/s on stderr as soon as it is known.
 Reads  input/train.csv and its images; writes INPUT/.cache
@@ -32,7 +33,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from dataset import Cache, Images, cache_flags, default_workers, load_image, make_loader, read_train
-from extract import embed
+from extract import embed_jointly
 from models import Model, fold_batch_norm
 
 LIBRARIES = {"THP_MEM_ALLOC_ENABLE": "0", "GOMP_SPINCOUNT": "300000"}  # their own defaults, for the original's process
@@ -107,13 +108,15 @@ def original(arch, files, args):
 
 
 def take_turns(title, calls, last, repeat, n, device):
-    """{side: `timed` of each round}, each on stderr as soon as it is known. `last`: function, arguments of the original."""
+    """{side: `timed` of each round}, each on stderr as soon as it is known. `last`: function, arguments of the original, or
+    nothing."""
     seconds = {}
     os.environ |= LIBRARIES
     print(title, file=sys.stderr, flush=True)
     with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as other:
         turns = {name: partial(timed, call, device) for name, call in calls.items()}
-        turns["original"] = lambda: other.submit(*last).result()
+        if last:
+            turns["original"] = lambda: other.submit(*last).result()
         for _ in range(repeat):
             for name, turn in turns.items():
                 seconds.setdefault(name, []).append(turn())
@@ -144,21 +147,23 @@ def main():
     def read(images):
         deque(make_loader(images, args.batch_size, args.workers, device), maxlen=0)
 
-    for arch in args.arch:
-        model = fold_batch_norm(Model(arch, 2).to(device, memory_format=torch.channels_last), args.size)
+    for archs in [*([arch] for arch in args.arch), *([args.arch] if len(args.arch) > 1 else [])]:
+        models = [Model(arch, 2).to(device, memory_format=torch.channels_last).eval() for arch in archs]
+        models = [fold_batch_norm(model, args.size) for model in models]
         host = torch.zeros(args.batch_size, args.size, args.size, 3, dtype=torch.uint8).permute(0, 3, 1, 2)
         host = host.pin_memory() if device.type == "cuda" else host
         resident = torch.cat([host, host]).to(device)
         batches = -(-args.n // args.batch_size)
 
-        def forward(model=model, resident=resident, batches=batches):
+        def forward(models=models, resident=resident, batches=batches):
             with torch.inference_mode(), autocast(device, precision):
                 for at in range(batches):
                     last = args.n - at * args.batch_size
-                    model(resident[:2 * min(last, args.batch_size)])
+                    for model in models:
+                        model(resident[:2 * min(last, args.batch_size)])
 
-        def run_embed(images, model=model):
-            embed(model, images, device, precision, args.batch_size, args.workers)
+        def run_embed(images, models=models):
+            list(embed_jointly(models, images, device, precision, args.batch_size, args.workers, "embedding", [args.size]))
 
         def copy(host=host, batches=batches):
             for _ in range(batches):
@@ -168,11 +173,12 @@ def main():
                  "read cache": lambda: read(kept), "read jpeg": lambda: read(plain), "copy": copy}
         forward()
         files = [Path(args.input, name) for name in names]
-        title = f"{arch}, {args.size} px, {device.type} {precision}, {torch.get_num_threads()} threads"
-        seconds = take_turns(title, calls, (original, arch, files, args), args.repeat, args.n, device)
+        title = f"{' + '.join(archs)}, {args.size} px, {device.type} {precision}, {torch.get_num_threads()} threads"
+        last = (original, *archs, files, args) if len(archs) == 1 else None
+        seconds = take_turns(title, calls, last, args.repeat, args.n, device)
         middle = report(title, seconds, args.n, "forward")
         each = middle["cache"][0] / args.n
-        print(f"  the contest, from the cache: five runs of 120,000 images take {duration(5 * 120e3 * each)}, "
+        print(f"  the contest, from the cache: five runs (of each) of 120,000 images take {duration(5 * 120e3 * each)}, "
               f"150 validations of 48,000 {duration(150 * 48e3 * each)}", flush=True)
 
 
