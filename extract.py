@@ -324,6 +324,7 @@ def load_job(folder, args, about, classes, names, device):
                      "precision": pick_precision(precision, device), "adapt_bn": args.adapt_bn, "gem_p": args.gem_p,
                      "sizes": args.test_size or recorded.get("test_size") or [recorded["size"]]}
     if on_first(up_to_date, folder, stamp, names):
+        shutil.rmtree(folder / ".extract", ignore_errors=True)  # of a job that was killed when it had just finished
         print(f"{folder}: up to date")
         return None
     model, checkpoint = load_run(folder)

@@ -301,8 +301,9 @@ def test_train_on_everything(data, tmp_path):
 def test_extract_skips_what_is_up_to_date_and_redoes_what_is_not(data, output, tmp_path):
     shutil.copytree(output, tmp_path / "o")
     run = tmp_path / "o" / "test_nfnet" / "fold1"
+    (run / ".extract").mkdir()
     said = script("extract.py", "--input", data, "--output", tmp_path / "o").stdout
-    assert said.count("up to date") == 2
+    assert said.count("up to date") == 2 and not (run / ".extract").exists()
     before = (run / "train.npy").read_bytes()
     (run / "train.npy").unlink()
     said = script("extract.py", "--input", data, "--output", tmp_path / "o", "--arch", "test_nfnet", "--batch-size", 64,
