@@ -221,6 +221,9 @@ def make_folds(labels, groups=None, folds=5, seed=9999):
     groups = np.arange(len(labels)) if groups is None else np.asarray(groups)
     seen = pd.DataFrame({"label": labels, "group": groups}).groupby("label")["group"].transform("nunique").to_numpy()
     fold, rows = np.full(len(labels), -1), np.flatnonzero(np.isin(groups, groups[seen > 1]))
+    if not len(rows) and len(np.unique(labels)) < len(labels):
+        raise InputError("every label's images are in one group, so a fold of groups would hold out labels that its run never "
+                         "sees; take --fold-by look or random, or leave the column group out")
     if len(np.unique(groups[rows])) < folds:
         raise InputError(f"{folds} folds need {folds} images (or groups) of classes with two or more; use fewer --n-folds")
     # scikit-learn refuses when every class is smaller than the number of folds; a class of stand-ins makes it deal on.

@@ -151,6 +151,7 @@ for ((round = 1; round <= ROUNDS; round++)); do
     out=$OUTPUT pseudo=()
     if ((round > 1)); then
         [[ $broken ]] && break
+        [[ -f $INPUT/sample_submission.csv ]] || { echo "no images to label join the training: one round is all"; break; }
         [[ -f $before/confidence.csv ]] || { failed+=("round $round: no $before/confidence.csv; see $before/expect.log"); break; }
         pseudo=(--pseudo "$before/confidence.csv") out=$OUTPUT/round$round
         mkdir -p "$out" && cp "$OUTPUT/folds.csv" "$out/" || exit 2

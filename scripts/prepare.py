@@ -1,22 +1,28 @@
-"""Public data sets in this project's form; and a plain tree of one folder a label.
+"""Public data sets in this project's form; a contest's CSVs; and a plain tree of one folder a label.
 
     grocery       Grocery Store, github.com/marcusklasson/GroceryStoreDataset: its train + val against its test, 81 labels
-    products10k   Products-10K, products-10k.github.io: train.csv against test_kaggletest.csv, groups kept
+    products10k   Products-10K, products-10k.github.io: train.csv against test_kaggletest.csv
     rp2k          RP2K, pinlandata.com/rp2k_dataset: all/train/<label>/ against all/test/<label>/
     sop           Stanford Online Products: its labels of train and test do not overlap, so the last photograph of each label of
                   Ebay_test.txt becomes a test image, the others the training images
-    folders       SRC/train/<label>/ against SRC/test/<label>/; without these two, SRC/<label>/, and of each label the share
-                  --test-share, drawn at random, becomes test images
+    csv           SRC/train.csv with a column of images and one of labels, SRC/sample_submission.csv with one of images and one
+                  to fill in; --hand-in writes a submission with that file's own columns and names
+    folders       SRC/train/<label>/ against SRC/test/<label>/, or against the photographs to label in SRC/test/; without these
+                  two, SRC/<label>/, and of each label the share --test-share, drawn at random, becomes test images
 
 Reads  SRC, the unpacked data set
-Writes OUT/{train.csv,sample_submission.csv,solution.csv} and the links OUT/images and OUT/test to SRC (or, --copy, the images)
+Writes OUT/{train.csv,sample_submission.csv,solution.csv} and the links OUT/images and OUT/test to SRC (or, --copy, the images);
+       without images to label no sample_submission.csv, where their labels are not known no solution.csv
 
     python scripts/prepare.py grocery ~/GroceryStoreDataset
-    python scripts/prepare.py folders ~/photos --output input/mine --test-share 0.2
+    python scripts/prepare.py folders ~/photos --output input/mine --test-share 0
+    python scripts/prepare.py csv ~/contest --columns image label_group --images train_images --test-images test_images
+    python scripts/prepare.py csv ~/contest --hand-in output/submission.csv
 """
 
 import shutil
 import sys
+from collections import Counter
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -34,12 +40,22 @@ def parse_args():
     add("form", choices=FORMS, metavar="|".join(FORMS), help="which data set SRC holds")
     add("source", metavar="SRC", help="folder of the unpacked data set")
     add("--output", help="default input/<form>")
-    add("--test-share", type=float, default=0.2, help="folders without train/ and test/: share of test images (default 0.2)")
+    add("--test-share", type=float, default=0.2, help="folders without train/ and test/: share of test images; 0 = none, all "
+        "train (default 0.2)")
     add("--seed", type=int, default=0, help="of that draw (default 0)")
     add("--copy", action="store_true", help="copy the images instead of linking to SRC")
+    add("--columns", nargs=2, metavar=("IMAGE", "LABEL"), help="csv: those of train.csv (default its first two)")
+    add("--group", metavar="COLUMN", help="csv: of train.csv, the shop or session of an image (default none)")
+    add("--images", default=".", metavar="FOLDER", help="csv: folder of the training images in SRC (default SRC itself)")
+    add("--test-images", default=".", metavar="FOLDER", help="csv: that of the images to label")
+    add("--suffix", default="", help="csv: what the names in the CSVs lack, e.g. .jpg")
+    add("--hand-in", metavar="SUBMISSION", help="csv: only write hand_in.csv beside this submission.csv, in the form of "
+        "SRC/sample_submission.csv")
     args = parser.parse_args()
-    if not 0 < args.test_share < 1:
-        parser.error("--test-share must be more than 0 and less than 1")
+    if not 0 <= args.test_share < 1:
+        parser.error("--test-share must be 0 or more and less than 1")
+    if args.hand_in and args.form != "csv":
+        parser.error("--hand-in is for csv")
     args.output = args.output or f"input/{args.form}"
     return args
 
@@ -57,7 +73,7 @@ def column(table, name, file):
     return table[name]
 
 
-# ------------------------------------------- each form: (train, test), DataFrames of path below SRC and label[, group of train]
+# ------------------------------------------- each form: (train, test), DataFrames of path below SRC and label
 
 
 def grocery(source, args):
@@ -77,11 +93,10 @@ def products10k(source, args):
     def rows(name, folder):
         table = read_table(source / name)
         path = folder + "/" + column(table, "name", source / name)
-        rows = pd.DataFrame({"path": path, "label": column(table, "class", source / name)})
-        return rows.assign(group=table["group"]) if "group" in table.columns else rows
+        return pd.DataFrame({"path": path, "label": column(table, "class", source / name)})  # its group is a kind of product
 
     test = next((n for n in ("test_kaggletest.csv", "test.csv") if (source / n).exists()), "test_kaggletest.csv")
-    return source, rows("train.csv", "train"), rows(test, "test")[["path", "label"]]
+    return source, rows("train.csv", "train"), rows(test, "test")
 
 
 def rp2k(source, args):
@@ -96,9 +111,40 @@ def sop(source, args):
     return source, table[~last].reset_index(drop=True), table[last].reset_index(drop=True)
 
 
+def csv(source, args):
+    file = source / "train.csv"
+    table, sample = read_table(file), source / "sample_submission.csv"
+    if len(table.columns) < 2:
+        raise InputError(f"{file} has one column only; there must be one of images and one of labels")
+    image, label = args.columns or table.columns[:2]
+    train = pd.DataFrame({"path": column(table, image, file), "label": column(table, label, file)})
+    if args.group:
+        train["group"] = column(table, args.group, file)
+    train["path"] = below(args.images, train["path"], args.suffix)
+    return source, train, pd.DataFrame({"path": below(args.test_images, read_table(sample).iloc[:, 0], args.suffix)}
+                                       if sample.exists() else {"path": []})
+
+
+def below(folder, names, suffix):
+    return ("" if folder == "." else folder.rstrip("/") + "/") + names + suffix
+
+
+def hand_in(source, file):
+    """The labels of a submission.csv in the form of SRC/sample_submission.csv, its second column filled."""
+    table, sample = read_table(file), read_table(source / "sample_submission.csv")
+    names = zip(sample.iloc[:, 0], column(table, "filename", file), strict=False)
+    if len(sample.columns) < 2 or len(sample) != len(table) or any(theirs not in ours for theirs, ours in names):
+        raise InputError(f"{file} does not fit {source}/sample_submission.csv: it wants the same images in the same order, and "
+                         "a second column to fill in")
+    result = Path(file).with_name("hand_in.csv")
+    save_csv(result, sample.assign(**{sample.columns[1]: column(table, "prediction", file)}))
+    print(f"{result}: {len(table)} labels")
+
+
 def folders(source, args):
     if (source / "train").is_dir() and (source / "test").is_dir():
-        return trees(source)
+        flat = photographs(source / "test", "*")
+        return (source, tree(source, "train"), pd.DataFrame({"path": relative(flat, source)})) if flat else trees(source)
     table = tree(source, "")
     order = np.random.default_rng(args.seed).permutation(len(table))
     place = table.iloc[order].groupby("label").cumcount().reindex(table.index)
@@ -110,20 +156,33 @@ def folders(source, args):
 def tree(source, split):
     """Images of SRC/split/<label>/..."""
     base = source / split
-    files = sorted(p for p in base.glob("*/**/*") if p.suffix.lower() in SUFFIXES and not p.name.startswith("._"))  # macOS
+    files = photographs(base, "*/**/*")
     if not files:
         raise InputError(f"{base} holds no folders of images ({', '.join(sorted(SUFFIXES))})")
+    return pd.DataFrame({"path": relative(files, source), "label": [p.relative_to(base).parts[0] for p in files]})
+
+
+def photographs(base, pattern):
+    """The images among the files of a pattern, in order; says which kinds of files are left out."""
+    files = sorted(p for p in base.glob(pattern) if p.is_file() and not p.name.startswith("."))  # ._x: of macOS
+    if other := Counter(p.suffix.lower() for p in files if p.suffix.lower() not in SUFFIXES):
+        kinds = ", ".join(f"{count} {kind or 'without a suffix'}" for kind, count in other.items())
+        print(f"{base}: no images by their names, left out: {kinds}", file=sys.stderr)
+    return [p for p in files if p.suffix.lower() in SUFFIXES]
+
+
+def relative(files, source):
+    """Their paths below SRC, as text."""
     if odd := [p for p in files if any("\ud800" <= character <= "\udfff" for character in str(p))]:
         raise InputError(f"{odd[0]}: its name is no UTF-8, which a CSV cannot hold; rename it")
-    return pd.DataFrame({"path": [p.relative_to(source).as_posix() for p in files],
-                         "label": [p.relative_to(base).parts[0] for p in files]})
+    return [p.relative_to(source).as_posix() for p in files]
 
 
 def trees(source):
     return source, tree(source, "train"), tree(source, "test")
 
 
-FORMS = {"grocery": grocery, "products10k": products10k, "rp2k": rp2k, "sop": sop, "folders": folders}
+FORMS = {"grocery": grocery, "products10k": products10k, "rp2k": rp2k, "sop": sop, "csv": csv, "folders": folders}
 
 
 # ------------------------------------------------------------------------------------------------------------- the work
@@ -153,13 +212,20 @@ def main():
     source, output = Path(args.source).resolve(), Path(args.output)
     if not source.is_dir():
         raise InputError(f"{source} is no folder; give that of the unpacked data set")
+    if args.hand_in:
+        return hand_in(source, args.hand_in)
     source, train, test = FORMS[args.form](source, args)
     output.mkdir(parents=True, exist_ok=True)
     place(source, output, train, test, args.copy)
     test = test.rename(columns={"path": "filename"})
-    save_csv(output / "solution.csv", test[["filename", "label"]])
-    save_csv(output / "sample_submission.csv", test[["filename"]].assign(prediction=train["label"].iloc[0]))
-    save_csv(output / "train.csv", train.assign(path="images/" + train["path"]))
+    tables = {"solution.csv": test[["filename", "label"]] if "label" in test.columns else test[:0],
+              "sample_submission.csv": test[["filename"]].assign(prediction=train["label"].iloc[0]),
+              "train.csv": train.assign(path="images/" + train["path"])}
+    for name, table in tables.items():
+        if len(table):
+            save_csv(output / name, table)
+        else:
+            (output / name).unlink(missing_ok=True)
     print(f"{output}: {len(train)} training and {len(test)} test images of {train['label'].nunique()} labels")
 
 

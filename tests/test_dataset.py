@@ -109,6 +109,8 @@ def test_groups_stay_whole():
     labels[groups == 8] = 10  # and this group holds nothing else
     fold = make_folds(labels, groups, folds=5)
     assert all(len(set(fold[groups == g])) == 1 for g in range(20)) and set(fold[groups == 8]) == {-1}
+    with pytest.raises(InputError, match="--fold-by look or random"):
+        make_folds(list("aabb"), list("sstt"), folds=2)  # each label in one group
 
 
 def test_look_folds_hold_out_whole_looks():

@@ -616,6 +616,9 @@ def test_run_all_in_two_rounds(data, tmp_path):
     count = [int(log.split(" images, ")[0].split()[-1]) for log in (first, second)]
     assert count[1] == count[0] + 12
     assert (tmp_path / "round2" / "submission.csv").exists()
+    source = shutil.copytree(data, tmp_path / "d")
+    (source / "sample_submission.csv").unlink()
+    assert "one round is all" in run_all(*flags, "--input", source).stdout
 
 
 SCRIPTS = [p for p in sorted([*ROOT.glob("*.py"), *ROOT.glob("scripts/*.py")]) if "if __name__" in p.read_text()]

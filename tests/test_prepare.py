@@ -6,7 +6,7 @@ import pandas as pd
 import pytest
 from conftest import GROCERY, draw, script
 
-from dataset import check_images, read_image, read_solution, read_test, read_train
+from dataset import check_images, has_test, read_image, read_solution, read_test, read_train
 
 
 def photos(folder, names):
@@ -38,13 +38,14 @@ def test_grocery(tmp_path):
     assert (len(train), len(test)) == (8, 4) and test["label"].tolist() == ["Kiwi", "Kiwi", "Pear", "Pear"]
 
 
-def test_products10k_keeps_its_groups(tmp_path):
+def test_products10k_without_its_groups_which_are_kinds_of_products(tmp_path):
     source = tmp_path / "p"
     photos(source, ["train/0.jpg", "train/1.jpg", "train/2.jpg", "test/7.jpg"])
     (source / "train.csv").write_text("name,class,group\n0.jpg,12,3\n1.jpg,12,3\n2.jpg,15,4\n")
     (source / "test_kaggletest.csv").write_text("name,class,Usage\n7.jpg,15,Public\n")
     train, test = prepared("products10k", source, tmp_path)
-    assert train["group"].tolist() == ["3", "3", "4"] and test["label"].tolist() == ["15"]
+    assert list(train.columns) == ["path", "label"] and train["label"].tolist() == ["12", "12", "15"]
+    assert test["label"].tolist() == ["15"]
 
 
 def test_rp2k_and_its_labels_in_any_script(tmp_path):
@@ -89,10 +90,44 @@ def test_a_plain_tree_is_split_by_label_and_can_be_copied(tmp_path):
         assert "is there already" in again.stderr
 
 
+def test_photographs_without_labels_and_none_to_label(tmp_path):
+    source, output = tmp_path / "f", tmp_path / "out"
+    photos(source, [f"train/{label}/{i}.jpg" for label in ("a", "b") for i in range(3)] + ["test/8.jpg", "test/9.jpg"])
+    (source / "train" / "b" / "3.HEIC").write_bytes(b"as a phone takes them")
+    said = script("scripts/prepare.py", "folders", source, "--output", output).stderr
+    assert "left out: 1 .heic" in said
+    assert read_test(output)["filename"].tolist() == ["test/8.jpg", "test/9.jpg"] and len(read_train(output)) == 6
+    assert read_solution(output, ["test/8.jpg"]) is None
+    check_images(output / "test", read_test(output)["filename"])
+    script("scripts/prepare.py", "folders", source / "train", "--output", tmp_path / "all", "--test-share", 0)
+    assert len(read_train(tmp_path / "all")) == 6 and not has_test(tmp_path / "all")
+
+
+def test_the_csvs_of_a_contest_there_and_back(tmp_path):
+    source, output = tmp_path / "c", tmp_path / "out"
+    photos(source, [f"pictures/{i}.jpg" for i in range(4)] + ["unseen/8.jpg", "unseen/9.jpg"])
+    (source / "train.csv").write_text("id,hash,product,shop\n0,x,a,s\n1,x,a,t\n2,x,b,s\n3,x,b,t\n")
+    (source / "sample_submission.csv").write_text("Id,Category,note\n9,?,n\n8,?,m\n")
+    flags = ("--columns", "id", "product", "--group", "shop", "--suffix", ".jpg", "--images", "pictures", "--test-images",
+             "unseen/", "--output", output)
+    script("scripts/prepare.py", "csv", source, *flags)
+    train, test = read_train(output), read_test(output)
+    assert train["label"].tolist() == list("aabb") and train["group"].tolist() == list("stst")
+    assert test["filename"].tolist() == ["unseen/9.jpg", "unseen/8.jpg"] and read_solution(output, test["filename"]) is None
+    check_images(output, train["path"])
+    check_images(output / "test", test["filename"])
+    test.assign(prediction=["b", "a"]).to_csv(tmp_path / "submission.csv", index=False)
+    script("scripts/prepare.py", "csv", source, "--hand-in", tmp_path / "submission.csv")
+    assert (tmp_path / "hand_in.csv").read_text() == "Id,Category,note\n9,b,n\n8,a,m\n"
+    test[::-1].assign(prediction=["b", "a"]).to_csv(tmp_path / "submission.csv", index=False)
+    assert "same order" in script("scripts/prepare.py", "csv", source, "--hand-in", tmp_path / "submission.csv", code=2).stderr
+    assert "no column 'label'" in script("scripts/prepare.py", "csv", source, "--columns", "id", "label", code=2).stderr
+
+
 def test_the_wrong_data_set_is_a_sentence(tmp_path):
     photos(tmp_path / "x", ["a.jpg"])
     for form, message in [("grocery", "classes.csv"), ("products10k", "train.csv"), ("rp2k", "no folders"),
-                          ("sop", "Ebay_test"), ("folders", "no folders")]:
+                          ("csv", "train.csv"), ("sop", "Ebay_test"), ("folders", "no folders")]:
         assert message in script("scripts/prepare.py", form, tmp_path / "x", "--output", tmp_path / "o", code=2).stderr
     assert "no folder" in script("scripts/prepare.py", "sop", tmp_path / "nowhere", "--output", tmp_path / "o", code=2).stderr
 
