@@ -24,6 +24,7 @@ from utils import (
     CONTROL,
     MAX_PIXELS,
     InputError,
+    Unwritable,
     file_fingerprint,
     fingerprint,
     hand_back_memory,
@@ -339,7 +340,7 @@ def decode_image(data, name):
         image = cv2.imdecode(data, cv2.IMREAD_COLOR_RGB) if len(data) else None
         if image is None:
             raise InputError(f"{name} is no image that OpenCV reads, or has more than {MAX_PIXELS // 10**6} megapixels; "
-                             "replace it or take it out of its CSV")
+                             "replace it or leave it out")
         if data[:2].tobytes() != b"\xff\xd8":  # no JPEG: it may have an alpha channel
             raw = cv2.imdecode(data, cv2.IMREAD_UNCHANGED)
             if raw is not None and raw.ndim == 3 and raw.shape[2] == 4 and raw.shape[:2] == image.shape[:2]:
@@ -369,7 +370,10 @@ def load_image(path, size, how):
 
 @functools.lru_cache(maxsize=8)  # once a process: loader workers that are not forked open it themselves
 def open_cache(path, inode, rows, size):
-    return np.memmap(path, np.uint8, "r", shape=(rows, record_bytes(size)))
+    """Memory map of a cache's file; None where another file has taken its place."""
+    with open(path, "rb") as file:
+        same = os.fstat(file.fileno()).st_ino == inode
+        return np.memmap(file, np.uint8, "r", shape=(rows, record_bytes(size))) if same else None
 
 
 def record_bytes(size):
@@ -405,8 +409,9 @@ class Cache:
         try:
             with lock(self.place, wait=True):
                 return self.fill({file: [s.st_size, s.st_mtime_ns] for file, s in stats.items()}, size, how)
-        except OSError as error:
-            print(f"no cache in {self.place}: {error.strerror}; images are decoded in every pass", flush=True)
+        except (OSError, Unwritable) as error:
+            reason = error.strerror if isinstance(error, OSError) else error
+            print(f"no cache in {self.place}: {reason}; images are decoded in every pass", flush=True)
             return {}
 
     def fill(self, stamps, size, how):
@@ -462,14 +467,14 @@ class Cache:
         return np.array([found.get(file, -1) for file in self.files(folder, names)])
 
 
-def check_images(folder, names, full=False, hint=""):
+def check_images(folder, names, full=False, instead="take them out of their CSV"):
     """Raise one InputError that lists every missing or unreadable image (20 named, then a count).
-    full=False reads headers only; full=True decodes every image. hint: what else the user can do."""
+    full=False reads headers only; full=True decodes every image. instead: what the user can do but replace them."""
     bad = [f"{printable(Path(folder) / name)}: {said}" for name, said in find_bad(folder, names, full).items()]
     if bad:
         more = [f"... and {len(bad) - 20} more"] if len(bad) > 20 else []
-        raise InputError("\n  ".join([f"{len(bad)} images are missing or unreadable; replace them or take them out of "
-                                      f"their CSV{hint}:", *bad[:20], *more]))
+        raise InputError("\n  ".join([f"{len(bad)} images are missing or unreadable; replace them or {instead}:", *bad[:20],
+                                      *more]))
 
 
 def find_bad(folder, names, full=False):
@@ -522,11 +527,12 @@ def check_inputs(args, full=False):
     if args.skip_bad_images:
         skip_bad_images(args)
     train, test, listed = load_train(args), load_test(args), Path(args.output) / "bad_images.csv"
-    hint = (f", or delete {listed}, which was written before they broke, and list them anew by --skip-bad-images"
-            if listed.exists() else ", or do without them by --skip-bad-images")
-    check_images(args.input, train["path"], full, hint)
+    instead = "take them out of their CSV, or " + (
+        f"delete {listed}, which was written before they broke, and list them anew by --skip-bad-images" if listed.exists() else
+        "do without them by --skip-bad-images")
+    check_images(args.input, train["path"], full, instead)
     if test is not None:
-        check_images(Path(args.input) / "test", test["filename"], full, hint)
+        check_images(Path(args.input) / "test", test["filename"], full, instead)
         read_solution(args.input, test["filename"])
     left_out = [f"{len(bad)} {split} images" for split in ("train", "test") if (bad := bad_images(args.output, split))]
     if left_out:
@@ -690,7 +696,10 @@ class Images(Dataset):
 
     def cached(self, row):
         """The image from the cache; None where its bits have changed on disk."""
-        record = np.array(open_cache(*self.stored)[self.rows[row]])
+        stored = open_cache(*self.stored)
+        if stored is None:
+            return None
+        record = np.array(stored[self.rows[row]])
         whole = zlib.crc32(record[:-4]) == int.from_bytes(record[-4:].tobytes(), "little")
         return record[:-4].reshape(self.size, self.size, 3) if whole else None
 

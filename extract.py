@@ -125,24 +125,22 @@ def finished_runs(output, arch=None, fold=None):
     return runs
 
 
-def embed(model, images, device, precision="fp32", batch_size=64, workers=0, what="embedding", sizes=None,
-          output=Model.forward, width=EMBEDDING):
-    """Flip-averaged embeddings of a dataset.Images in its order: float32 [N, width], not normalised, averaged over the image
-    `sizes` (default: that of `images`). The model runs in eval mode and is left as it was. `output`: function of the model and
-    a batch [B, 3, H, W] that returns [B, width]."""
-    training = model.training
-    sides = embed_sizes(model, images, device, precision, batch_size, workers, what, sizes or [images.size], output, width)
-    model.train(training)
-    return check_embeddings(next(sides), images)
+def embed(model, images, *how, **more):
+    """embed_jointly by one model, checked: float32 [N, width]."""
+    return check_embeddings(next(embed_jointly([model], images, *how, **more)), images)
 
 
-def embed_sizes(model, images, device, precision, batch_size, workers, what, sizes, output, width, stores=lambda _: [Store()]):
-    """embed for an `output` of several times `width` columns, an array each: iterator over float32 [N, width], unchecked.
-    stores: function of a size -> a Store for each array, from which an interrupted pass goes on."""
+def embed_jointly(models, images, device, precision="fp32", batch_size=64, workers=0, what="embedding", sizes=None,
+                  stores=lambda size: None, width=EMBEDDING):
+    """Flip-averaged embeddings of a dataset.Images in its order by several models in one pass, each batch decoded and copied
+    once: an iterator over float32 [N, width], one a model, not normalised, unchecked, averaged over the image `sizes` (default
+    that of `images`). The models are left in eval mode. stores: function of a size -> a Store for each model, from which an
+    interrupted pass goes on."""
     keep_freed_memory()
-    model.eval()
-    passes = [embed_pass(model, images.at(size), device, precision, batch_size, workers, what, output, width, stores(size))
-              for size in sizes]
+    for model in models:
+        model.eval()
+    passes = [embed_pass(models, images.at(size), device, precision, batch_size, workers, what, stores(size), width)
+              for size in sizes or [images.size]]
     return (sum(parts[1:], parts[0]) / len(parts) if len(parts) > 1 else parts[0] for parts in zip(*passes, strict=True))
 
 
@@ -159,27 +157,18 @@ def pick_batch_size(device):
     return 128 if device.type == "cuda" else 64
 
 
-def embed_shared(model, images, device, precision, batch_size, *more, **named):
-    """embed, under torchrun by all processes together: whole batches each, the batches of one process; all get the result."""
-    mine = images.part(share(len(images), batch_size))
-    return gather(embed(model, mine, device, precision, batch_size, *more, **named))
-
-
-def embed_jointly(models, images, device, precision, batch_size, workers, what, sizes, stores=None):
-    """embed_shared by several models in one pass, each batch decoded and copied once: an iterator over arrays float32 [N, 512],
-    unchecked. stores: function of a size -> a Store for each model."""
-    mine = images.part(share(len(images), batch_size))
-    return map(gather, embed_sizes(nn.ModuleList(models), mine, device, precision, batch_size, workers, what, sizes,
-                                   lambda models, batch: torch.cat([model(batch) for model in models], 1), EMBEDDING,
-                                   stores or (lambda size: [Store() for _ in models])))
+def my_share(images, batch_size):
+    """Under torchrun, the images that this process embeds, whole batches of them, so that all have the batches of one process;
+    `gather` joins the embeddings."""
+    return images.part(share(len(images), batch_size))
 
 
 @torch.inference_mode()
-def embed_pass(model, images, device, precision, batch_size, workers, what, output=Model.forward, width=EMBEDDING, stores=None):
-    """embed_sizes at one size: a list of arrays. A batch that does not fit the GPU is halved, from there on. Embeddings stay on
-    the device until they are saved, since fetching them waits for it. A pass that goes on has the batches of one that was not
-    interrupted."""
-    stores = stores or [Store()]
+def embed_pass(models, images, device, precision, batch_size, workers, what, stores=None, width=EMBEDDING):
+    """embed_jointly at one size: a list of arrays. A batch that does not fit the GPU is halved, from there on. Embeddings stay
+    on the device until they are saved, since fetching them waits for it. A pass that goes on has the batches of one that was
+    not interrupted."""
+    stores = stores or [Store() for _ in models]
     results, begun = zip(*(store.open(embedding=(np.float32, (len(images), width))) for store in stores), strict=True)
     done = min(begun)
     for store in stores:
@@ -193,8 +182,9 @@ def embed_pass(model, images, device, precision, batch_size, workers, what, outp
             while at < len(batch):
                 part = batch[at:at + batch_size]
                 try:
-                    with autocast(device, precision):
-                        both = output(model, torch.cat([part, part.flip(-1)]))
+                    pair = torch.cat([part, part.flip(-1)])
+                    with autocast(device, precision):  # .forward: a model that is compiled is so for its training
+                        both = torch.cat([model.forward(pair) for model in models], 1)
                 except RuntimeError as error:
                     if batch_size == 1 or not any(said in f"{type(error)} {error}" for said in NO_MEMORY):
                         raise
@@ -270,8 +260,10 @@ def import_weights(args, folder, train):
     """Write best.pt and args.json of a run that was trained elsewhere. Its fold is None: nobody knows here which images
     it has seen, so it takes no part in out-of-fold scores."""
     classes, _ = encode(train["label"])
-    stamp = {"arch": args.arch, "fold": None, "weights": args.weights, "size": args.size, "resize": "squash",
-             "precision": args.precision or "auto", "head": "arcface", "scale": 45.0, "margin": 0.4, "epochs": 0}
+    sha256 = file_fingerprint(args.weights) if Path(args.weights).is_file() else None
+    stamp = {"arch": args.arch, "fold": None, "weights": args.weights, "sha256": sha256, "size": args.size,
+             "resize": "squash", "precision": args.precision or "auto", "head": "arcface", "scale": 45.0, "margin": 0.4,
+             "epochs": 0}
     if (folder / "args.json").exists():
         if load_json(folder / "args.json") != stamp:
             raise InputError(f"{folder} holds another run; choose another --fold or --output for {args.weights}")
@@ -329,7 +321,8 @@ def load_job(folder, args, about, classes, names, device):
         return None
     model, checkpoint = load_run(folder)
     if checkpoint["classes"] != classes:
-        raise InputError(f"{folder} was trained on other classes than {args.input}/train.csv; train it again")
+        again = "train it again" if recorded["epochs"] else "delete it and give its --weights again"
+        raise InputError(f"{folder} was trained on other classes than {args.input}/train.csv; {again}")
     if checkpoint["args"] != recorded:
         raise InputError(f"{folder}: args.json says other than best.pt; delete args.json and run train.py again")
     if args.gem_p:
@@ -350,19 +343,26 @@ def extract(folders, args, train, test, device, first, cache):
     names = [*(f"{split}.npy" for split in rows), "head.npy"]
     about = {"train": train_fingerprint(train), "test": None if test is None else test_fingerprint(test),
              "bytes": sizes_fingerprint(args.input, train, test)}
-    passes = {}
+    passes, failed = {}, []
     with contextlib.ExitStack() as locks:
         for folder in folders:
             with contextlib.ExitStack() as held:
-                held.enter_context(lock(folder))
-                if job := load_job(folder, args, about, classes, names, device):
+                try:
+                    held.enter_context(lock(folder))
+                    job = load_job(folder, args, about, classes, names, device)
+                except InputError as error:
+                    if place()[1] > 1:  # a folder is locked for the first process only
+                        raise
+                    failed.append(error.with_traceback(None))
+                    continue
+                if job:
                     begun = on_first((folder / ".extract").exists)  # these would wait for those that have all before them
                     passes.setdefault(json.dumps([alike_by(job["stamp"]), begun]), []).append(job)
                     locks.push(held.pop_all())
-        failed = [error for kind in list(passes)
-                  for error in extract_jointly(passes.pop(kind), args, rows, labels, names, device, first, cache)]
+        for kind in list(passes):
+            failed += extract_jointly(passes.pop(kind), args, rows, labels, names, device, first, cache)
     if failed:
-        raise failed[0]
+        raise InputError("\n".join(map(str, failed)))
 
 
 def alike_by(stamp):
@@ -390,14 +390,16 @@ def extract_jointly(jobs, args, rows, labels, names, device, first, cache):
         def stores(size, jobs=jobs, split=split):
             return [Store(job["folder"] / ".extract" / f"{split}{place()[0]}" / str(size), job["key"]) for job in jobs]
 
-        good, joint = [], embed_jointly(models, images, device, precision, batch_size, args.workers, f"{what}, {split}", sizes,
-                                        stores)
-        for job, embedded in zip(jobs, joint, strict=True):
+        good, joint = [], embed_jointly(models, my_share(images, batch_size), device, precision, batch_size, args.workers,
+                                        f"{what}, {split}", sizes, stores)
+        for job, embedded in zip(jobs, map(gather, joint), strict=True):
             folder, stamp = job["folder"], job["stamp"]
             try:
                 check_embeddings(embedded, images, f"{folder}: ")
             except InputError as error:
-                failed.append(error)
+                failed.append(error.with_traceback(None))  # which would keep the models
+                if first:  # a card may have erred: embedded anew the next time
+                    shutil.rmtree(folder / ".extract", ignore_errors=True)
                 continue
             good.append(job)
             if first:

@@ -11,7 +11,9 @@ Writes output/{neighbours.npz,submission.csv,scores.json,oof.csv}; to reject, ou
 """
 
 import argparse
+import contextlib
 import json
+import os
 import shutil
 import sys
 import tempfile
@@ -20,7 +22,9 @@ from pathlib import Path
 from utils import (
     InputError,
     Store,
+    Unwritable,
     accuracy,
+    atomic,
     file_fingerprint,
     fingerprint,
     load_json,
@@ -30,6 +34,7 @@ from utils import (
     pick_device,
     place,
     processes,
+    reserve,
     run,
     save_csv,
     save_json,
@@ -160,6 +165,15 @@ def stamps_of(runs):
     return fingerprint([[json.dumps(r["stamp"], sort_keys=True) for r in runs]])
 
 
+def check_submission(output, scores, grown):
+    """Refuse a submission.csv that is not what retrieve.py wrote with these scores, of scores.json, or not by the runs and the
+    gallery that there are now."""
+    if scores.get("submission") != file_fingerprint(Path(output) / "submission.csv"):
+        raise InputError(f"{output}/submission.csv is not what retrieve.py wrote with scores.json; run retrieve.py again")
+    if scores.get("stamps") != stamps_of(grown):
+        raise InputError(f"{output}/submission.csv is of other runs or embeddings than there are now; run retrieve.py again")
+
+
 def grow(runs, output, train):
     """The gallery as scripts/add_products.py left it: train.csv less the removed labels, then the added images; as it was where
     nothing was added or removed.
@@ -189,7 +203,8 @@ def grow(runs, output, train):
 def stacked(array, rows, more, folder):
     """The given rows of an array [N, D], then all of `more` [n, D], in a file without a name: it takes disk, not memory, and is
     gone with the process."""
-    with tempfile.TemporaryFile(dir=folder) as file:
+    with tempfile.TemporaryFile(dir=folder if os.access(folder, os.W_OK) else None) as file:
+        reserve(file, 4 * (len(rows) + len(more)) * array.shape[1], folder)
         result = np.memmap(file, np.float32, "w+", shape=(len(rows) + len(more), array.shape[1]))
     for part in blocks(len(rows)):
         result[part] = array[rows[part]]
@@ -288,7 +303,8 @@ def strangers(runs, grown, fold, own, numbers, output, device):
         rows, gallery = np.flatnonzero(fold == k), Joined([r["train"] for r in after])
         found[str(k)] = np.sort(nearest_stranger([r["train"] for r in out], rows, gallery, own[rows], numbers, device))
     if place()[0] == 0:
-        save_npz(file, key=key, **found)
+        with contextlib.suppress(Unwritable), atomic(file, own=True) as temporary, open(temporary, "wb") as opened:
+            np.savez(opened, key=key, **found)  # not of retrieve.py alone, which holds the lock
     return found
 
 

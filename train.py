@@ -20,10 +20,10 @@ from pathlib import PurePosixPath
 from utils import (
     InputError,
     accuracy,
-    atomic,
     autocast,
     duration,
     gap,
+    gather,
     keep_freed_memory,
     load_checkpoint,
     load_json,
@@ -66,7 +66,7 @@ from dataset import (
     read_pseudo,
     train_fingerprint,
 )
-from extract import embed, embed_shared, is_finished, pick_batch_size, run_folder
+from extract import embed, is_finished, my_share, pick_batch_size, run_folder
 from models import Model, QuickDepthwise, class_weights, fold_batch_norm, freeze, join_batch_norm, load_weights, loss_sum
 from search import topk
 
@@ -205,12 +205,10 @@ def clip_gradient(model, clip):
     """Clip all but the head's gradient in place, by its norm or adaptively (Brock et al., NFNet, 2021)."""
     mode, value = clip
     body = [*model.backbone.parameters(), *model.pool.parameters(), *model.neck.parameters()]
-    if mode == "norm":
-        torch.nn.utils.clip_grad_norm_(body, value)
-    elif mode == "agc":
-        from timm.utils.agc import adaptive_clip_grad
+    if mode:
+        from timm.utils import dispatch_clip_grad
 
-        adaptive_clip_grad(body, value)
+        dispatch_clip_grad(body, value, mode)
 
 
 def make_backward(model, scaler, weights, args, device, precision):
@@ -309,7 +307,8 @@ def validate(model, train_part, held_out, weights, args, device, precision):
     """Extraction and retrieval on the held-out fold: {val_loss, head_acc, gap, retrieval_acc}."""
     model = fold_batch_norm(model, args.test_size[0])
     size = args.eval_batch_size or pick_batch_size(device)
-    reference, query = (embed_shared(model, images, device, precision, size, args.workers, what, args.test_size)
+    how = device, precision, size, args.workers
+    reference, query = (gather(embed(model, my_share(images, size), *how, what, args.test_size))
                         for images, what in [(train_part, "embedding train"), (held_out, "embedding held-out")])
     labels, truth = train_part.labels.numpy(), held_out.labels
     with torch.inference_mode():
@@ -329,7 +328,7 @@ def validate(model, train_part, held_out, weights, args, device, precision):
 def record_arguments(folder, args, device):
     """Record the arguments of a new run; refuse other arguments than those recorded. Returns them."""
     if args.restart:
-        for old in ("last.pt", "best.pt", "log.csv", "extract.json", "args.json", EVENTS):
+        for old in ("log.csv", "last.pt", "best.pt", "extract.json", "args.json", EVENTS):  # the log first: see load_last
             (folder / old).unlink(missing_ok=True)
     kinds = {"precision": str, "embed_precision": str}
     begun = (folder / "last.pt").exists() or (folder / "best.pt").exists()  # before the first epoch nothing is at stake
@@ -358,6 +357,8 @@ def load_last(folder, stamps):
     the begin."""
     fresh = {"epoch": 0, "best": -1.0, "history": [], **stamps}
     if not (folder / "last.pt").exists():
+        if not (folder / "best.pt").exists():  # a whole log would call the first epoch's best.pt a finished run's
+            (folder / "log.csv").unlink(missing_ok=True)
         return fresh
     state = load_checkpoint(folder / "last.pt", epoch=int, best=float, history=list, model=dict, optimiser=dict, train=str,
                             held_out=str)
@@ -366,7 +367,7 @@ def load_last(folder, stamps):
                          "--output, or --restart to begin anew")
     if state["best"] >= 0 and not (folder / "best.pt").exists():
         print(f"{folder}/best.pt is gone: training anew")
-        for old in ("log.csv", "last.pt"):  # they would call the first epoch's best.pt a finished run's
+        for old in ("log.csv", "last.pt"):
             (folder / old).unlink(missing_ok=True)
         return fresh
     return state
@@ -375,7 +376,10 @@ def load_last(folder, stamps):
 def write_log(folder, history, events):
     """log.csv, and before it, since a log with the last epoch says that the run is finished, its events if wanted."""
     if events:
-        write_events(folder / EVENTS, history)
+        (folder / EVENTS).touch()
+        with open(folder / EVENTS, "r+b") as file:  # in place: a TensorBoard that reads along goes on; a torn end is mended
+            file.write(event_bytes(history))
+            file.truncate()
     save_csv(folder / "log.csv", pd.DataFrame(history))
 
 
@@ -399,19 +403,6 @@ def event_bytes(history):
     return file.getvalue()
 
 
-def write_events(path, history):
-    """Bring an event file up to the history. What is there and right is appended to, so that a TensorBoard that reads along
-    goes on; a torn or foreign end is written anew. So no kill and no resume doubles a point or loses one."""
-    data = event_bytes(history)
-    known = path.read_bytes() if path.exists() else None
-    if known is None or not data.startswith(known):
-        with atomic(path) as temporary:
-            temporary.write_bytes(data)
-    else:
-        with open(path, "ab") as file:
-            file.write(data[len(known):])
-
-
 def report(row, history, epochs, device):
     """The line of an epoch: losses, accuracies, speed, memory, time left."""
     names = ("train_loss", "val_loss", "head_acc", "gap", "retrieval_acc")
@@ -426,10 +417,10 @@ def looks(args, train, device):
     seed_everything(args.seed)
     model = Model(args.arch, 2)
     load_weights(model, args.arch, args.weights)
+    model.forward = model.features
     images = Images(args.input, train["path"], np.zeros(len(train), np.int64), args.size, args.resize)
     return embed(model.to(device, memory_format=torch.channels_last), images, device, pick_precision(args.precision, device),
-                 args.eval_batch_size or pick_batch_size(device), args.workers, "looks", output=Model.features,
-                 width=model.neck[0].in_features)
+                 args.eval_batch_size or pick_batch_size(device), args.workers, "looks", width=model.neck[0].in_features)
 
 
 def choose_images(args, train, fold, classes, labels):
@@ -495,6 +486,7 @@ def fit(folder, args, recorded, train, fold, device):
         except (KeyError, TypeError, ValueError, RuntimeError, AttributeError) as error:
             reason = str(error).partition("\n")[0]
             raise InputError(f"{folder}/last.pt is not of this run ({reason}); --restart begins it anew") from None
+    del state  # the second copy of the weights
     backward = make_backward(model, scaler, weights, args, device, precision)
     print(f"{args.arch} fold {args.fold}: {len(seen)} images, {len(outside)} held out, {len(classes)} classes; "
           f"{device.type} {precision}, {args.size} px; {said}", flush=True)

@@ -66,6 +66,10 @@ class InputError(Exception):
         super().__init__(str(message).rpartition("utils.InputError: ")[2].strip())
 
 
+class Unwritable(InputError):
+    """A file that could not be written."""
+
+
 class Parser(argparse.ArgumentParser):
     """argparse's parser; under torchrun one process says what is wrong."""
 
@@ -334,11 +338,12 @@ def regular(path, most=2**30):
 
 
 @contextlib.contextmanager
-def atomic(path):
+def atomic(path, own=False):
     """Yield a temporary path beside `path`; rename it when the block ends, so that a file that exists is whole.
-    The temporary name is fixed: torch.save stores it in the file, and equal runs shall give equal files."""
+    The temporary name is fixed: torch.save stores it in the file, and equal runs shall give equal files. `own`: it is this
+    process's own, for a file that several may write at once."""
     path = Path(path)
-    temporary = path.with_name(f".{path.name}.tmp")
+    temporary = path.with_name(f".{path.name}{os.getpid() if own else ''}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         yield temporary
@@ -346,7 +351,7 @@ def atomic(path):
             os.fsync(file.fileno())
         temporary.replace(path)
     except OSError as error:
-        raise InputError(f"{path} cannot be written ({error.strerror or error}); free space, or give another --output, and run "
+        raise Unwritable(f"{path} cannot be written ({error.strerror or error}); free space, or give another --output, and run "
                          "the same command again: what is finished is kept") from None
     finally:
         with contextlib.suppress(OSError):
@@ -441,11 +446,16 @@ def new_npy(path, dtype, shape):
     """A writable memory map of a new .npy. Its space is taken at once: a full disk is an error here, not a crash later."""
     array = np.lib.format.open_memmap(path, "w+", dtype, shape)
     with open(path, "r+b") as file:
-        try:
-            os.posix_fallocate(file.fileno(), 0, os.fstat(file.fileno()).st_size)
-        except OSError as error:
-            raise InputError(f"{path} cannot be written ({error.strerror}); free space, or give another --output") from None
+        reserve(file, os.fstat(file.fileno()).st_size, path)
     return array
+
+
+def reserve(file, size, path):
+    """Take the disk space of an open file that is then mapped; `path` says in an error where it lies."""
+    try:
+        os.posix_fallocate(file.fileno(), 0, size)
+    except OSError as error:
+        raise Unwritable(f"{path} cannot be written ({error.strerror}); free space, or give another --output") from None
 
 
 class Store:

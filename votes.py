@@ -123,17 +123,12 @@ def class_sums(vectors, labels, classes):
     return sums
 
 
-def centroid(queries, gallery, labels, classes):
-    """Cosine to the mean of each class's normalised rows; 0 for a class without rows. `queries`, `gallery`: normalised.
-    Source: nearest class mean, Mensink et al., Distance-based image classification, PAMI 2013."""
-    centres = torch.nn.functional.normalize(class_sums(gallery, labels, classes))
-    return torch.cat([rows_of(queries, part) @ centres.T for part in blocks(len(queries))])
-
-
 def recentring(queries, gallery, labels, classes, temperature=0.05, rounds=10):
     """Cosine to class means that the queries take part in: each query counts for class c with the weight
-    softmax(cosine / temperature)_c, estimated anew in each round; gallery rows count with weight 1.
-    Source: soft k-means for few-shot classification, Ren et al., Meta-learning for semi-supervised few-shot, ICLR 2018."""
+    softmax(cosine / temperature)_c, estimated anew in each round; gallery rows count with weight 1. `queries`, `gallery`:
+    normalised. Without a round the nearest class mean; 0 for a class without rows.
+    Sources: soft k-means for few-shot classification, Ren et al., Meta-learning for semi-supervised few-shot, ICLR 2018;
+    nearest class mean, Mensink et al., Distance-based image classification, PAMI 2013."""
     known = class_sums(gallery, labels, classes)
     centres = torch.nn.functional.normalize(known)
     for _ in range(rounds):
@@ -231,16 +226,16 @@ def label(queries, gallery, labels, classes, heads, args, wanted, device, scratc
 
     similarity, index = search(queries, gallery, args.k, store=store)
     result = {vote: np.empty(len(queries), np.int64) for vote in wanted}
-    for part in blocks(len(queries), 8192):
+    for part in blocks(len(queries), max(1, min(8192, 2**23 // classes))):
         near, number = torch.from_numpy(similarity[part]), torch.from_numpy(labels[index[part]])
         head = heads(part) if heads else None
         for vote in result.keys() - OF_EMBEDDINGS:
             scores = of_neighbours(vote, near, number, classes, head, args)
             result[vote][part] = scores.argmax(1).numpy()
-    if "centroid" in wanted:
-        result["centroid"] = centroid(queries, gallery, labels, classes).argmax(1).numpy()
-    if "recentring" in wanted:
-        result["recentring"] = recentring(queries, gallery, labels, classes, args.temperature).argmax(1).numpy()
+    for vote, rounds in [("centroid", 0), ("recentring", 10)]:
+        if vote in wanted:
+            scores = recentring(queries, gallery, labels, classes, args.temperature, rounds)
+            result[vote] = scores.argmax(1).numpy()
     if "centring" in wanted:
         both = mean_row(queries, gallery) if args.centre == "joint" or len(queries) == 1 else None
         result["centring"] = nearest_of(*(centred(x, mean_row(x) if both is None else both, changed(name, x))

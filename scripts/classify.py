@@ -150,7 +150,7 @@ def embed_all(photos, runs, device, batch_size):
             result = []
             for r in runs:
                 precision = pick_precision(r["stamp"]["precision"], device)
-                result.append(np.mean([embed_pass(r["model"], images[view], device, precision, batch_size, 0, r["name"])[0]
+                result.append(np.mean([embed_pass([r["model"]], images[view], device, precision, batch_size, 0, r["name"])[0]
                                        for view in r["views"]], 0))
             yield result
             bar.update(len(zeros))
@@ -191,7 +191,7 @@ def main():
     args = parse_args()
     device = pick_device(args.device)
     photos = find_photos(args.photos)
-    check_images(".", photos)
+    check_images(".", photos, full=True, instead="leave them out")  # all are decoded first, lest one lose what others took
     runs, gallery, train, trained = load(args, device)
     classes, labels = encode(gallery["label"])
     calibration = load_calibration(args, train, trained, classes, device)

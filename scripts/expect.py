@@ -32,6 +32,7 @@ from utils import (
     file_fingerprint,
     load_json,
     load_npz,
+    lock,
     pick_device,
     pick_precision,
     run,
@@ -70,7 +71,7 @@ from dataset import (
 )
 from extract import alike_by, check_embeddings, embed_jointly, load_model, pick_batch_size
 from models import fold_batch_norm
-from retrieve import UNKNOWN, by_fold, grow, load_runs, stamps_of
+from retrieve import UNKNOWN, by_fold, check_submission, grow, load_runs, stamps_of
 from search import Joined, topk
 
 NEIGHBOURS = 100  # looked at for the evidence: enough that several classes are among them
@@ -135,10 +136,11 @@ def known_looks(output, train, fold):
 
 
 def out_of_fold(runs, fold, part, labels, classes, device, looks=LOOKS, seed=0):
-    """held_out of all images by the runs of their fold: (rows, against all, against other looks)."""
-    found = []
+    """held_out of the images by the runs of their fold, of so many as give 2^26 similarities: (rows, against all, against other
+    looks)."""
+    found, some = [], np.random.default_rng(seed).permutation(len(labels)) < max(1000, 2**26 // classes)
     for k, out in by_fold(runs):
-        arrays, rows = [r["train"] for r in out], np.flatnonzero(fold == k)
+        arrays, rows = [r["train"] for r in out], np.flatnonzero((fold == k) & some)
         own = own_looks(arrays, labels, part, looks, seed)
         found.append((rows, *held_out(arrays, rows, labels, own, classes, device)))
     return [np.concatenate(parts) for parts in zip(*found, strict=True)]
@@ -446,11 +448,9 @@ def submitted(args, test, classes, grown):
     scores = load_json(output / "scores.json", vote=str)
     table = read_csv(output / "submission.csv", ["filename", "prediction"])
     table = table[table["filename"].isin(test["filename"])].reset_index(drop=True)  # less those in bad_images.csv
-    if scores.get("submission") != file_fingerprint(output / "submission.csv"):
-        raise InputError(f"{output}/submission.csv is not what retrieve.py wrote with scores.json; run retrieve.py again")
-    if scores.get("stamps") != stamps_of(grown) or not table["filename"].equals(test["filename"]):
-        raise InputError(f"{output}/submission.csv is of other runs, embeddings or images than there are now; run retrieve.py "
-                         "again")
+    check_submission(output, scores, grown)
+    if not table["filename"].equals(test["filename"]):
+        raise InputError(f"{output}/submission.csv is of other images than there are now; run retrieve.py again")
     return scores["vote"], number_of(table["prediction"], classes)
 
 
@@ -463,6 +463,11 @@ def forget(output):
 def main():
     args = parse_args()
     device = pick_device(args.device)
+    with lock(args.output):
+        tell(args, device)
+
+
+def tell(args, device):
     if not has_test(args.input):
         forget(args.output)
         print("no test images, nothing to expect")

@@ -23,7 +23,7 @@ import pandas as pd
 from sklearn.decomposition import PCA
 
 from dataset import bad_images, has_test, load_folds, load_train, read_csv, read_image, read_solution, resize
-from retrieve import grow, load_neighbours, load_runs
+from retrieve import check_submission, grow, load_neighbours, load_runs
 from search import Joined, topk
 
 SIDE, NEAR = 110, 5  # pixels of a picture on the page; neighbours shown
@@ -154,12 +154,13 @@ def main():
         if not (output / name).exists():
             raise InputError(f"{output / name} is not there; run retrieve.py first")
     train, table = load_train(args), read_csv(output / "submission.csv", ["filename", "prediction"])
-    gallery = grow([], output, train)[1]
-    near = load_neighbours(output, len(table), gallery.index.max() + 1)
     good = ~table["filename"].isin(bad_images(output, "test")).to_numpy()
-    table, (similarity, index) = table[good].reset_index(drop=True), (part[good, :NEAR] for part in near)
+    table = table[good].reset_index(drop=True)
     scores = load_json(output / "scores.json", runs=dict, vote=str)
     runs = load_runs(output, list(scores["runs"]), train, table)
+    grown, gallery = grow(runs, output, train)
+    check_submission(output, scores, grown)
+    similarity, index = (part[good, :NEAR] for part in load_neighbours(output, len(good), gallery.index.max() + 1))
     expected = None  # without confidence.csv, which a new submission deletes, it is of a former one
     if all((output / name).exists() for name in ("confidence.csv", "expected.json")):
         expected = load_json(output / "expected.json", expected=float)

@@ -16,7 +16,7 @@ import numpy as np
 import pandas as pd
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from utils import InputError, duration, load_json, pick_device, run, save_text, script_parser
+from utils import InputError, duration, load_json, lock, pick_device, run, save_text, script_parser
 
 from dataset import encode, load_folds, load_test, load_train, number_of, read_solution, read_test, with_bad
 from retrieve import fitting, grow, label_oof, label_test, load_runs, score, scratch
@@ -57,6 +57,11 @@ def table(rows, columns):
 def main():
     args = parse_args()
     device = pick_device(args.device)
+    with lock(args.output):  # retrieve.py's scratch is ours, too
+        summarise(args, device)
+
+
+def summarise(args, device):
     train, good = load_train(args), load_test(args)
     test = None if good is None else read_test(args.input, args.allow_outside)
     truth = None if test is None else read_solution(args.input, test["filename"])

@@ -4,6 +4,7 @@ import contextlib
 import io
 import os
 import runpy
+import shutil
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -16,6 +17,7 @@ import cv2
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 GROCERY = Path(os.environ.get("GROCERY", ROOT / "../shared/data/grocery")).resolve()
@@ -97,3 +99,14 @@ def output(data, tmp_path_factory):
     train(data, folder, "test_nfnet", 1, "--clip", "agc:0.01")
     script("extract.py", "--input", data, "--output", folder, "--workers", 1, "--precision", "fp32")
     return folder
+
+
+@pytest.fixture
+def finished(output, tmp_path):
+    """A copy of the two finished runs, to be changed."""
+    return shutil.copytree(output, tmp_path / "o")
+
+
+def same(a, b):
+    """Whether two state dicts hold the same tensors."""
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)

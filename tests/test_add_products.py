@@ -10,12 +10,6 @@ import pytest
 from conftest import script
 
 
-@pytest.fixture
-def output(output, tmp_path):
-    """The finished runs in a folder of the test's own."""
-    return shutil.copytree(output, tmp_path / "o")
-
-
 def stripes(seed, size=44):
     """A product that no training image shows: violet stripes."""
     image = np.random.default_rng(seed).integers(170, 255, (size, size, 3), dtype=np.uint8)
@@ -43,14 +37,14 @@ def results(flags, output):
     return [*files, script("scripts/classify.py", output.parent / "new" / "striped_4.png", *flags, "--json").stdout]
 
 
-def test_a_new_product_is_found_and_its_removal_gives_back_the_former_result(data, output, new):
-    flags = ["--input", data, "--output", output]
-    before = results(flags, output)
+def test_a_new_product_is_found_and_its_removal_gives_back_the_former_result(data, finished, new):
+    flags = ["--input", data, "--output", finished]
+    before = results(flags, finished)
     assert json.loads(before[-1])[0]["label"] != "näw, striped"
     said = script("scripts/add_products.py", new / "new.csv", *flags).stdout
     assert "4 images added, 0 taken out; the gallery is now 28 images of 5 labels" in said
-    assert not (output / "neighbours.npz").exists(), "they would be those of another gallery"
-    grown = results(flags, output)
+    assert not (finished / "neighbours.npz").exists(), "they would be those of another gallery"
+    grown = results(flags, finished)
     row = json.loads(grown[-1])[0]
     assert row["label"] == "näw, striped" and row["neighbours"][0]["path"] == str(new / "striped_0.png")
     scores = [json.loads(result[2]) for result in (before, grown)]
@@ -62,31 +56,31 @@ def test_a_new_product_is_found_and_its_removal_gives_back_the_former_result(dat
 
     said = script("scripts/add_products.py", "--remove", "näw, striped", *flags).stdout
     assert "0 images added, 4 taken out; the gallery is now 24 images of 4 labels" in said
-    assert not (output / "added.npz").exists() and results(flags, output) == before
+    assert not (finished / "added.npz").exists() and results(flags, finished) == before
 
 
-def test_new_images_of_a_known_product_keep_the_heads_and_name_their_rows(data, output, tmp_path):
+def test_new_images_of_a_known_product_keep_the_heads_and_name_their_rows(data, finished, tmp_path):
     """A test image joins the gallery under its true label, in the input folder: it is its own nearest image then."""
     source = shutil.copytree(data, tmp_path / "d")
     truth = pd.read_csv(source / "solution.csv", dtype=str)
     truth.head(1).set_axis(["path", "label"], axis=1).to_csv(source / "test" / "new.csv", index=False)
-    flags = ["--input", source, "--output", output]
+    flags = ["--input", source, "--output", finished]
     script("scripts/add_products.py", source / "test" / "new.csv", *flags)
     script("retrieve.py", *flags)
-    assert "fusion" in json.loads((output / "scores.json").read_text())["test"]
-    with np.load(output / "neighbours.npz") as file:
+    assert "fusion" in json.loads((finished / "scores.json").read_text())["test"]
+    with np.load(finished / "neighbours.npz") as file:
         assert file["index"][0, 0] == 24 and file["similarity"][0, 0] > 0.999, "counted on from train.csv's 24 rows"
     name = truth["filename"][0]
     row = json.loads(script("scripts/classify.py", source / "test" / name, *flags, "--json").stdout)[0]
     assert row["neighbours"][0]["path"] == f"test/{name}" and row["label"] == truth["label"][0]
 
 
-def test_removed_products_are_never_said_and_rows_keep_their_numbers(data, output, new):
-    flags, train = ["--input", data, "--output", output], pd.read_csv(data / "train.csv")
+def test_removed_products_are_never_said_and_rows_keep_their_numbers(data, finished, new):
+    flags, train = ["--input", data, "--output", finished], pd.read_csv(data / "train.csv")
     script("scripts/add_products.py", "--remove", train["label"][0], *flags)
     script("retrieve.py", *flags)
-    assert train["label"][0] not in set(pd.read_csv(output / "submission.csv")["prediction"])
-    index = np.load(output / "neighbours.npz")["index"]
+    assert train["label"][0] not in set(pd.read_csv(finished / "submission.csv")["prediction"])
+    index = np.load(finished / "neighbours.npz")["index"]
     assert index.min() >= 6 and index.max() < 24
     script("scripts/report.py", *flags)
     others = train["label"].unique()
@@ -96,15 +90,15 @@ def test_removed_products_are_never_said_and_rows_keep_their_numbers(data, outpu
     assert "6 images added" in script("scripts/add_products.py", data / "again.csv", *flags).stdout, "back by its images"
 
 
-def test_duplicates_are_found_by_content(data, output, new):
-    flags, train = ["--input", data, "--output", output], pd.read_csv(data / "train.csv")
+def test_duplicates_are_found_by_content(data, finished, new):
+    flags, train = ["--input", data, "--output", finished], pd.read_csv(data / "train.csv")
     shutil.copy(data / train["path"][0], new / "copy.png")
     shutil.copy(new / "striped_0.png", new / "again.png")
     rows = pd.read_csv(new / "new.csv")
     more = pd.DataFrame({"path": ["copy.png", "again.png"], "label": [train["label"][0], "näw, striped"]})
     pd.concat([rows, more]).to_csv(new / "new.csv", index=False)
     assert "4 images added (2 were there already)" in script("scripts/add_products.py", new / "new.csv", *flags).stdout
-    before = (output / "added.npz").read_bytes()
+    before = (finished / "added.npz").read_bytes()
     assert "nothing to do: all 6 images" in script("scripts/add_products.py", new / "new.csv", *flags).stdout
     for path, label, other in [("copy.png", "other", train["path"][0]), ("again.png", "other", "striped_0.png")]:
         pd.DataFrame({"path": [path], "label": [label]}).to_csv(new / "wrong.csv", index=False)
@@ -114,18 +108,18 @@ def test_duplicates_are_found_by_content(data, output, new):
     assert "leaves its folder" in script("scripts/add_products.py", new / "wrong.csv", *flags, code=2).stderr
     pd.DataFrame({"path": ["gone.png"], "label": ["x"]}).to_csv(new / "wrong.csv", index=False)
     assert "gone.png: not there" in script("scripts/add_products.py", new / "wrong.csv", *flags, code=2).stderr
-    assert (output / "added.npz").read_bytes() == before
+    assert (finished / "added.npz").read_bytes() == before
     cv2.imencode(".png", stripes(9))[1].tofile(new / "striped_0.png")
     assert "1 images added" in script("scripts/add_products.py", new / "new.csv", *flags).stdout
-    added = np.load(output / "added.npz")
+    added = np.load(finished / "added.npz")
     assert len(added["path"]) == 5, "the replaced photograph is gone, its copy has joined"
 
 
-def test_an_addition_is_whole_or_not_at_all(data, output, new, monkeypatch):
+def test_an_addition_is_whole_or_not_at_all(data, finished, new, monkeypatch):
     """Stopped when it begins to embed, then before the rename."""
-    flags = ["--input", data, "--output", output]
+    flags = ["--input", data, "--output", finished]
     script("scripts/add_products.py", new / "new.csv", *flags)
-    before = results(flags, output), (output / "added.npz").read_bytes()
+    before = results(flags, finished), (finished / "added.npz").read_bytes()
     pd.DataFrame({"path": ["striped_4.png"], "label": ["more"]}).to_csv(new / "more.csv", index=False)
 
     def killed(*args):
@@ -135,21 +129,21 @@ def test_an_addition_is_whole_or_not_at_all(data, output, new, monkeypatch):
         with monkeypatch.context() as patch:
             patch.setattr(place, killed)
             script("scripts/add_products.py", new / "more.csv", *flags, code=130)
-    assert (output / "added.npz").read_bytes() == before[1] and not list(output.glob(".added*"))
-    assert results(flags, output) == before[0]
+    assert (finished / "added.npz").read_bytes() == before[1] and not list(finished.glob(".added*"))
+    assert results(flags, finished) == before[0]
 
 
-def test_a_run_that_changed_since_is_refused_until_the_images_are_embedded_again(data, output, new):
-    flags = ["--input", data, "--output", output]
+def test_a_run_that_changed_since_is_refused_until_the_images_are_embedded_again(data, finished, new):
+    flags = ["--input", data, "--output", finished]
     script("scripts/add_products.py", new / "new.csv", *flags)
-    before = dict(np.load(output / "added.npz"))
+    before = dict(np.load(finished / "added.npz"))
     script("extract.py", *flags, "--arch", "test_nfnet", "--gem-p", 2, "--workers", 1, "--precision", "fp32")
     refused = script("retrieve.py", *flags, code=2).stderr
     assert "added.npz does not come from test_nfnet/fold1 as it is now" in refused and "add_products.py" in refused
     script("retrieve.py", *flags, "--runs", "test_efficientnet/fold0")
     script("scripts/add_products.py", *flags)
     script("retrieve.py", *flags)
-    after = np.load(output / "added.npz")
+    after = np.load(finished / "added.npz")
     assert np.array_equal(before["embeddings"][0], after["embeddings"][0]) and after["stamps"][1] != before["stamps"][1]
-    (output / "added.npz").write_bytes(b"PK no zip")
+    (finished / "added.npz").write_bytes(b"PK no zip")
     assert "added.npz is damaged" in script("retrieve.py", *flags, code=2).stderr

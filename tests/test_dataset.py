@@ -6,13 +6,12 @@ import os
 import shutil
 import signal
 
-from utils import InputError
+from utils import InputError, Unwritable
 
 import cv2
 import numpy as np
 import pytest
 import torch
-from conftest import make_data
 from PIL import Image
 from torch.utils.data import DataLoader
 from torchvision.transforms import v2
@@ -295,15 +294,6 @@ def test_items_do_not_depend_on_the_workers(data):
     assert not torch.equal(images[(1, 0)][0], images[(2, 0)][0]) and torch.equal(before, torch.get_rng_state())
 
 
-def test_a_bad_image_in_a_worker_is_one_sentence(tmp_path):
-    data = make_data(tmp_path / "d")
-    (data / "test" / "q00.jpg").write_bytes(b"\xff\xd8\xff broken")
-    images = Images(data / "test", ["q10.jpg", "q00.jpg"], [0, 0], 32)
-    with pytest.raises(InputError) as error:
-        list(DataLoader(images, 2, num_workers=1))
-    assert "q00.jpg" in str(error.value) and len(str(error.value).splitlines()) == 1
-
-
 @pytest.fixture
 def folder(data, tmp_path):
     """The data set without what other tests have cached."""
@@ -355,12 +345,16 @@ def test_a_changed_file_is_decoded_anew_and_nothing_else(folder, monkeypatch, ca
     assert torch.equal(before[5][0], old), "who has begun with the old image goes on with it"
 
 
-def test_no_cache_where_there_is_no_room_or_no_wish(folder, capsys):
+def test_no_cache_where_there_is_no_room_or_no_wish(folder, capsys, monkeypatch):
     names = read_train(folder)["path"]
     for cache, said in ((make_cache(folder, on=False), ""), (make_cache(folder, 7e-5), "no cache of 24 images at 32 px")):
         cache.add(folder, names, [32], "squash")
         assert said in capsys.readouterr().out and not (folder / ".cache" / "32-squash.u8").exists()
         assert equal(Images(folder, names, [0] * 24, 32, cache=cache), Images(folder, names, [0] * 24, 32))
+    with monkeypatch.context() as patch:
+        patch.setattr(dataset, "save_json", lambda *_: (_ for _ in ()).throw(Unwritable("index.json cannot be written (full)")))
+        filled(folder, names)
+    assert "index.json cannot be written (full); images are decoded" in capsys.readouterr().out
     cache = make_cache(folder, 7.4e-5)
     cache.add(folder, names, [32, 16], "squash")
     assert len(cache.found[32, "squash"]) == 24 and "no cache of 24 images at 16 px" in capsys.readouterr().out
@@ -405,5 +399,11 @@ def test_a_builder_that_is_killed_leaves_what_was_whole(folder, monkeypatch):
     data[7000] ^= 4  # a bad disk: this image is decoded
     index.with_suffix(".u8").write_bytes(data)
     assert equal(Images(folder, names, [0] * 24, 32, cache=filled(folder, names)), Images(folder, names, [0] * 24, 32))
+    images, plain = (Images(folder, names, [0] * 24, 32, cache=c) for c in (filled(folder, names), None))
+    index.with_suffix(".u8").rename(folder / "old")
+    index.with_suffix(".u8").write_bytes(bytes(reversed((folder / "old").read_bytes())))
+    dataset.open_cache.cache_clear()
+    assert equal(images, plain), "its row numbers are those of the file that was"
+    (folder / "old").rename(index.with_suffix(".u8"))
     os.truncate(index.with_suffix(".u8"), 5000)
     assert equal(Images(folder, names, [0] * 24, 32, cache=filled(folder, names)), Images(folder, names, [0] * 24, 32))

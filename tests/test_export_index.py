@@ -27,12 +27,11 @@ def clusters(rows=600, n=50, width=64, classes=12):
     return x[:rows], x[rows:], table
 
 
-def test_an_exact_index_gives_the_exact_neighbours_with_paths_and_labels(data, output, tmp_path):
+def test_an_exact_index_gives_the_exact_neighbours_with_paths_and_labels(data, output, finished):
     faiss = pytest.importorskip("faiss")
-    shutil.copytree(output, tmp_path / "o")
-    said = script("scripts/export_index.py", "--engine", "flat", "--input", data, "--output", tmp_path / "o").stdout
+    said = script("scripts/export_index.py", "--engine", "flat", "--input", data, "--output", finished).stdout
     assert "| flat, exact | 1.0000 | 1.0000 |" in said
-    folder = tmp_path / "o" / "index" / "flat"
+    folder = finished / "index" / "flat"
     rows = pd.read_csv(folder / "rows.csv", dtype=str)
     assert rows.equals(pd.read_csv(data / "train.csv", dtype=str)[["path", "label"]])
     record = json.loads((folder / "index.json").read_text())
@@ -44,23 +43,21 @@ def test_an_exact_index_gives_the_exact_neighbours_with_paths_and_labels(data, o
     assert np.allclose(found[0], similarity, atol=1e-6) and (found[1] == index).mean() > 0.95, "ties may differ"
 
 
-def test_the_index_is_of_the_grown_gallery(data, output, tmp_path):
+def test_the_index_is_of_the_grown_gallery(data, finished):
     pytest.importorskip("faiss")
-    shutil.copytree(output, tmp_path / "o")
-    flags = ["--input", data, "--output", tmp_path / "o"]
+    flags = ["--input", data, "--output", finished]
     script("scripts/add_products.py", "--remove", "bottle", *flags)
     script("scripts/export_index.py", "--engine", "flat", *flags)
     train = pd.read_csv(data / "train.csv", dtype=str)
-    rows = pd.read_csv(tmp_path / "o" / "index" / "flat" / "rows.csv", dtype=str)
+    rows = pd.read_csv(finished / "index" / "flat" / "rows.csv", dtype=str)
     assert rows["path"].tolist() == train["path"][train["label"] != "bottle"].tolist()
 
 
-def test_without_test_images_it_is_measured_on_training_images_less_themselves(data, output, tmp_path):
+def test_without_test_images_it_is_measured_on_training_images_less_themselves(data, finished, tmp_path):
     pytest.importorskip("faiss")
-    shutil.copytree(output, tmp_path / "o")
     shutil.copytree(data, tmp_path / "d")
     (tmp_path / "d" / "sample_submission.csv").unlink()
-    said = script("scripts/export_index.py", "--engine", "hnsw", "--input", tmp_path / "d", "--output", tmp_path / "o",
+    said = script("scripts/export_index.py", "--engine", "hnsw", "--input", tmp_path / "d", "--output", finished,
                   "--runs", "test_nfnet/fold1", "--n", 20, "--k", 3).stdout
     assert "| 20 queries, 24 x 512 | recall@3 |" in said and "| hnsw, efSearch 1024 | 1.0000 | 1.0000 |" in said
 
@@ -94,15 +91,14 @@ def test_recall_counts_equal_similarities_and_not_what_is_missing():
     assert export_index.leave_out(np.array([[4, 1, 2], [0, 5, 1]]), np.array([1, 9]), 2).tolist() == [[4, 2], [0, 5]]
 
 
-def test_what_fails_leaves_nothing_and_what_was_there(data, output, tmp_path, monkeypatch):
-    shutil.copytree(output, tmp_path / "o")
-    flags = ["--input", data, "--output", tmp_path / "o"]
+def test_what_fails_leaves_nothing_and_what_was_there(data, finished, tmp_path, monkeypatch):
+    flags = ["--input", data, "--output", finished]
     for engine, package in (("ivfpq", "faiss"), ("lancedb", "lancedb")):
         if find_spec(package):
             assert "256 images" in script("scripts/export_index.py", "--engine", engine, *flags, code=2).stderr
     monkeypatch.setitem(sys.modules, "faiss", None)
     assert "pip install faiss-cpu" in script("scripts/export_index.py", "--engine", "flat", *flags, code=2).stderr
-    assert [p.name for p in (tmp_path / "o" / "index").iterdir()] == [".lock"]
+    assert [p.name for p in (finished / "index").iterdir()] == [".lock"]
     (tmp_path / "i").mkdir()
     (tmp_path / "i" / "old").touch()
     with pytest.raises(InputError), export_index.whole_folder(tmp_path / "i") as folder:

@@ -18,18 +18,14 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from conftest import ROOT, TINY, make_data, script, train
+from conftest import ROOT, TINY, make_data, same, script, train
 
 from models import Model
-from train import EVENTS, event_bytes, make_backward, parse_args, write_events
+from train import EVENTS, event_bytes, make_backward, parse_args, write_log
 
 
 def weights(folder):
     return load_checkpoint(folder / "last.pt")["model"]
-
-
-def same(a, b):
-    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
 
 
 def test_a_run_leaves_what_the_contract_says(output):
@@ -91,15 +87,14 @@ def test_events_go_on_where_they_are_right_and_are_mended_where_not(tmp_path):
     history = [{"epoch": e, "train_loss": 1 / (e + 2), "retrieval_acc": None if e == 1 else 0.5, "seconds": 2.0}
                for e in range(-1, 4)]
     whole = event_bytes(history)
-    write_events(path, history[:2])
+    write_log(tmp_path, history[:2], True)
     inode = path.stat().st_ino
-    write_events(path, history)
+    write_log(tmp_path, history, True)
     assert path.read_bytes() == whole and path.stat().st_ino == inode, "a reader keeps its place"
     for torn in (whole[:-5], whole[:100], b"", whole + b"torn", b"foreign"):
         path.write_bytes(torn)
-        write_events(path, history)
+        write_log(tmp_path, history, True)
         assert path.read_bytes() == whole
-    pd.DataFrame(history).to_csv(tmp_path / "log.csv", index=False)
     assert_events_equal_the_log(tmp_path)
 
 
@@ -121,28 +116,6 @@ def test_ctrl_c_and_sigterm_say_one_line(data, tmp_path):
         assert process.returncode == 130 and error.startswith("interrupted") and len(error.splitlines()) == 1, error
 
 
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
-def test_sigterm_in_a_callback_that_drops_exceptions_still_ends_the_script(capsys):
-    import utils
-
-    class Dropping:
-        def __del__(self):
-            os.kill(os.getpid(), signal.SIGTERM)
-            time.sleep(0)
-
-    def main():
-        Dropping()
-        time.sleep(30)
-
-    before = [(number, signal.getsignal(number)) for number in (signal.SIGTERM, signal.SIGALRM)]
-    start = time.time()
-    with pytest.raises(SystemExit) as end:
-        utils.run(main)
-    for number, handler in before:
-        signal.signal(number, handler)
-    assert end.value.code == 130 and time.time() - start < 20 and "interrupted" in capsys.readouterr().err
-
-
 def test_a_run_that_failed_before_its_first_epoch_takes_other_arguments(data, tmp_path):
     script("train.py", "--arch", "test_nfnet", "--fold", 0, "--input", data, "--output", tmp_path, "--size", 32, code=2)
     train(data, tmp_path, "test_nfnet", 0, "--epochs", "1")
@@ -154,20 +127,13 @@ def test_a_missing_test_image_is_known_before_training(tmp_path):
     assert "q00.jpg" in train(broken, tmp_path / "o", code=2).stderr
 
 
-def test_other_arguments_are_refused_by_name_and_restart_begins_anew(data, output, tmp_path):
-    shutil.copytree(output, tmp_path / "o")
-    refused = train(data, tmp_path / "o", "test_efficientnet", 0, "--lr", "0.1", code=2)
+def test_other_arguments_are_refused_by_name_and_restart_begins_anew(data, finished):
+    refused = train(data, finished, "test_efficientnet", 0, "--lr", "0.1", code=2)
     assert "--lr 0.002 (now 0.1)" in refused.stderr and "--restart" in refused.stderr
-    again = train(data, tmp_path / "o")
+    again = train(data, finished)
     assert "finished already" in again.stdout
-    anew = train(data, tmp_path / "o", "test_efficientnet", 0, "--lr", "0.1", "--epochs", "1", "--restart")
+    anew = train(data, finished, "test_efficientnet", 0, "--lr", "0.1", "--epochs", "1", "--restart")
     assert "epoch 1/1" in anew.stdout
-
-
-def test_neither_the_number_of_workers_nor_the_cache_changes_the_result(data, output, tmp_path):
-    assert (data / ".cache" / "32-squash.json").exists()
-    train(data, tmp_path, "test_efficientnet", 0, "--workers", "0", "--no-cache")
-    assert same(weights(tmp_path / "test_efficientnet" / "fold0"), weights(output / "test_efficientnet" / "fold0"))
 
 
 def test_a_loss_that_is_not_finite_stops_and_keeps_the_checkpoint(data, tmp_path):
@@ -251,14 +217,13 @@ def test_the_head_s_own_epochs_leave_the_backbone_as_it_was(data, tmp_path):
     assert not any(name.startswith("backbone") for name in moved) and {"neck.0.weight", "head.weight"} <= moved
 
 
-def test_adapted_batch_norm_and_sizes_at_extraction(data, output, tmp_path):
+def test_adapted_batch_norm_and_sizes_at_extraction(data, finished):
     from dataset import Images, read_test
     from extract import adapt_bn, embed
     from models import build
 
-    shutil.copytree(output, tmp_path / "o")
-    flags = ["--input", data, "--output", tmp_path / "o", "--arch", "test_efficientnet", "--precision", "fp32"]
-    run = tmp_path / "o" / "test_efficientnet" / "fold0"
+    flags = ["--input", data, "--output", finished, "--arch", "test_efficientnet", "--precision", "fp32"]
+    run = finished / "test_efficientnet" / "fold0"
     plain = {name: np.load(run / f"{name}.npy") for name in ("train", "test")}
     script("extract.py", *flags, "--adapt-bn")
     assert np.array_equal(np.load(run / "train.npy"), plain["train"]), "the gallery keeps its statistics"
@@ -298,23 +263,21 @@ def test_train_on_everything(data, tmp_path):
     assert scores["oof"] is None and scores["test"]["nearest"] >= 0
 
 
-def test_extract_skips_what_is_up_to_date_and_redoes_what_is_not(data, output, tmp_path):
-    shutil.copytree(output, tmp_path / "o")
-    run = tmp_path / "o" / "test_nfnet" / "fold1"
+def test_extract_skips_what_is_up_to_date_and_redoes_what_is_not(data, finished):
+    run = finished / "test_nfnet" / "fold1"
     (run / ".extract").mkdir()
-    said = script("extract.py", "--input", data, "--output", tmp_path / "o").stdout
+    said = script("extract.py", "--input", data, "--output", finished).stdout
     assert said.count("up to date") == 2 and not (run / ".extract").exists()
     before = (run / "train.npy").read_bytes()
     (run / "train.npy").unlink()
-    said = script("extract.py", "--input", data, "--output", tmp_path / "o", "--arch", "test_nfnet", "--batch-size", 64,
+    said = script("extract.py", "--input", data, "--output", finished, "--arch", "test_nfnet", "--batch-size", 64,
                   "--precision", "fp32").stdout
     assert "embeddings/s" in said and (run / "train.npy").read_bytes() == before
 
 
-def test_runs_extracted_in_one_pass_are_those_extracted_alone(data, output, tmp_path):
-    flags = ["--input", data, "--output", tmp_path / "o", "--precision", "fp32", "--test-size", 32, 64, "--workers", 1]
-    shutil.copytree(output, tmp_path / "o")
-    runs = [tmp_path / "o" / name for name in ("test_efficientnet/fold0", "test_nfnet/fold1")]
+def test_runs_extracted_in_one_pass_are_those_extracted_alone(data, finished):
+    flags = ["--input", data, "--output", finished, "--precision", "fp32", "--test-size", 32, 64, "--workers", 1]
+    runs = [finished / name for name in ("test_efficientnet/fold0", "test_nfnet/fold1")]
     assert "2 runs in one pass: 36 images" in script("extract.py", *flags).stdout
     jointly = [(run / f"{split}.npy").read_bytes() for run in runs for split in ("train", "test", "head")]
     for run in runs:
@@ -323,10 +286,9 @@ def test_runs_extracted_in_one_pass_are_those_extracted_alone(data, output, tmp_
     assert jointly == [(run / f"{split}.npy").read_bytes() for run in runs for split in ("train", "test", "head")]
 
 
-def test_other_photographs_under_the_same_names_are_extracted_anew(data, output, tmp_path):
+def test_other_photographs_under_the_same_names_are_extracted_anew(data, finished, tmp_path):
     shutil.copytree(data, tmp_path / "data", copy_function=shutil.copyfile)  # other times, the same bytes
-    shutil.copytree(output, tmp_path / "o")
-    flags = ["--input", tmp_path / "data", "--output", tmp_path / "o"]
+    flags = ["--input", tmp_path / "data", "--output", finished]
     assert script("extract.py", *flags).stdout.count("up to date") == 2
     one, *_, other = sorted((tmp_path / "data" / "test").iterdir())
     shutil.copyfile(other, one)
@@ -360,13 +322,12 @@ utils.run(extract.main)
 """
 
 
-def test_extraction_killed_inside_a_pass_goes_on_there(data, output, tmp_path):
+def test_extraction_killed_inside_a_pass_goes_on_there(data, finished, tmp_path):
     """SIGKILL after the training images and one of the two batches of test images: the same bytes as undisturbed."""
-    shutil.copytree(output, tmp_path / "o")
-    for stamp in (tmp_path / "o").glob("*/*/extract.json"):
+    for stamp in (finished).glob("*/*/extract.json"):
         stamp.unlink()
     for name in ("undisturbed", "one", "both", "marked"):
-        shutil.copytree(tmp_path / "o", tmp_path / name)
+        shutil.copytree(finished, tmp_path / name)
 
     def extract(name, saved=None):
         flags = ["--input", data, "--output", tmp_path / name, "--precision", "fp32", "--batch-size", "8", "--workers", "0"]
@@ -396,16 +357,16 @@ def test_extraction_killed_inside_a_pass_goes_on_there(data, output, tmp_path):
         assert (found[0] == 7).all() and found[1:].tobytes() == before[-found[1:].nbytes:], "nothing is computed twice"
 
 
-def test_a_run_without_numbers_does_not_stop_the_others_of_its_pass(data, output, tmp_path):
-    shutil.copytree(output, tmp_path / "o")
-    run, other = (tmp_path / "o" / name for name in ("test_efficientnet/fold0", "test_nfnet/fold1"))
+def test_a_run_without_numbers_does_not_stop_the_others_of_its_pass(data, finished):
+    run, other = (finished / name for name in ("test_efficientnet/fold0", "test_nfnet/fold1"))
     checkpoint = load_checkpoint(run / "best.pt")
     checkpoint["model"]["neck.0.weight"] *= float("nan")
     save_checkpoint(run / "best.pt", checkpoint)
     (other / "extract.json").unlink()
-    refused = script("extract.py", "--input", data, "--output", tmp_path / "o", code=2).stderr
+    refused = script("extract.py", "--input", data, "--output", finished, code=2).stderr
     assert f"{run}: " in refused and "NaN" in refused and (other / "extract.json").exists()
-    assert script("extract.py", "--input", data, "--output", tmp_path / "o", code=2).stdout.count("up to date") == 1
+    assert not (run / ".extract").exists(), "embedded anew the next time"
+    assert script("extract.py", "--input", data, "--output", finished, code=2).stdout.count("up to date") == 1
 
 
 def test_a_begun_run_keeps_its_precision(data, tmp_path):
@@ -439,7 +400,7 @@ def test_a_batch_that_does_not_fit_is_halved(data, error):
     from extract import embed
     from models import Model
 
-    def output(model, batch):
+    def forward(batch):
         sizes.append(len(batch))
         if len(batch) > most:
             raise error
@@ -447,13 +408,14 @@ def test_a_batch_that_does_not_fit_is_halved(data, error):
 
     images, sizes, most = Images(data, [f"train/bottle_{i}.png" for i in range(6)], np.zeros(6, np.int64), 32), [], 99
     model = Model("test_nfnet", 4)
-    whole = embed(model, images, torch.device("cpu"), batch_size=6, output=output, width=model.neck[0].in_features)
+    model.forward, width = forward, model.neck[0].in_features
+    whole = embed(model, images, torch.device("cpu"), batch_size=6, width=width)
     most, sizes[:] = 4, []
-    halved = embed(model, images, torch.device("cpu"), batch_size=6, output=output, width=model.neck[0].in_features)
+    halved = embed(model, images, torch.device("cpu"), batch_size=6, width=width)
     assert sizes == [12, 6, 2, 2, 2, 2, 2, 2] and np.allclose(halved, whole, rtol=1e-4, atol=1e-6)
     most = 1
     with pytest.raises(RuntimeError, match=str(error)):
-        embed(model, images, torch.device("cpu"), batch_size=6, output=output, width=model.neck[0].in_features)
+        embed(model, images, torch.device("cpu"), batch_size=6, width=width)
 
 
 def test_retrieve_writes_the_submission_in_its_order(data, output):
@@ -497,14 +459,13 @@ def test_every_vote_labels_every_test_image(data, output):
     assert said.stdout.count("all ") == 2 and "| propagation |" in said.stdout
 
 
-def test_folds_that_see_a_shift_choose_the_vote(data, output, tmp_path):
+def test_folds_that_see_a_shift_choose_the_vote(data, finished):
     from retrieve import VOTES
 
-    shutil.copytree(output, tmp_path / "o")
-    flags = ["--input", data, "--output", tmp_path / "o"]
+    flags = ["--input", data, "--output", finished]
     assert json.loads(script("retrieve.py", *flags).stdout)["vote"] == "nearest", "folds at random choose nothing"
-    folds = pd.read_csv(tmp_path / "o" / "folds.csv")
-    folds.drop(columns="check").assign(by="look").to_csv(tmp_path / "o" / "folds.csv", index=False)
+    folds = pd.read_csv(finished / "folds.csv")
+    folds.drop(columns="check").assign(by="look").to_csv(finished / "folds.csv", index=False)
     scores = json.loads(script("retrieve.py", *flags).stdout)
     assert set(scores["oof"]) == set(VOTES) and scores["oof"][scores["vote"]] == max(scores["oof"].values())
     assert scores["vote"] in scores["test"]
@@ -524,14 +485,13 @@ def test_torchrun_gives_the_same_submission(data, output, tmp_path):
     assert all(np.array_equal(one[key], two[key]) for key in ("similarity", "index"))
 
 
-def test_retrieve_refuses_what_does_not_belong_together(data, output, tmp_path):
-    shutil.copytree(output, tmp_path / "o")
+def test_retrieve_refuses_what_does_not_belong_together(data, finished, tmp_path):
     other = make_data(tmp_path / "other", test_each=2)
-    refused = script("retrieve.py", "--input", other, "--output", tmp_path / "o", code=2)
+    refused = script("retrieve.py", "--input", other, "--output", finished, code=2)
     assert "sample_submission.csv" in refused.stderr and "extract.py" in refused.stderr
-    run = tmp_path / "o" / "test_nfnet" / "fold1"
+    run = finished / "test_nfnet" / "fold1"
     shutil.copy(run / "last.pt", run / "best.pt")
-    refused = script("retrieve.py", "--input", data, "--output", tmp_path / "o", code=2)
+    refused = script("retrieve.py", "--input", data, "--output", finished, code=2)
     assert "test_nfnet/fold1: best.pt is not the checkpoint" in refused.stderr
     np.save(run / "test.npy", np.zeros((3, 512), np.float32))
     script("retrieve.py", "--input", data, "--output", tmp_path / "nowhere", code=2)
@@ -556,6 +516,9 @@ def test_original_weights_embed_and_retrieve_without_training(tmp_path):
     state["head.weight"] = torch.from_numpy((np.linalg.pinv(embedded) @ wanted).T).float()
     assert "order" not in extract("original", state) and "up to date" in extract("original", state)
     script("retrieve.py", "--input", data, "--output", tmp_path / "original", "--vote", "fusion")
+    save_checkpoint(tmp_path / "original.pth", {name: tensor + 1 for name, tensor in state.items()})
+    assert "holds another run" in script("extract.py", *flags, "--weights", tmp_path / "original.pth", "--output",
+                                         tmp_path / "original", code=2).stderr, "other weights of the same name"
     assert len(pd.read_csv(tmp_path / "original" / "submission.csv")) == 12
     extract("nine", original_state("test_nfnet", classes=9))
     for name in ("strange", "nine"):

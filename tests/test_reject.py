@@ -1,7 +1,6 @@
 """Photographs of products that are not in the catalogue: the threshold against a naive reference, what the scripts say then."""
 
 import json
-import shutil
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -86,22 +85,17 @@ def test_products_left_out_correct_the_rate():
     assert np.allclose(retrieve.ranks(strange, [0.5, 0.01, 0.04]), [1 / 4, 2 / 4, 3 / 4, 1])
 
 
-@pytest.fixture
-def output(output, tmp_path):
-    return shutil.copytree(output, tmp_path / "o")
-
-
-def test_rejected_photographs_are_unknown(data, output):
-    flags, photos = ["--input", data, "--output", output], data / "test"
+def test_rejected_photographs_are_unknown(data, finished):
+    flags, photos = ["--input", data, "--output", finished], data / "test"
     script("retrieve.py", *flags)
-    labels = pd.read_csv(output / "submission.csv", dtype=str)["prediction"]
+    labels = pd.read_csv(finished / "submission.csv", dtype=str)["prediction"]
     said, rejected = script("retrieve.py", *flags, "--reject", 0.5), []
     assert "leave_out.py measures" in said.stderr
     for rate in (0.05, 0.5, 0.95):
         script("retrieve.py", *flags, "--reject", rate)
-        table, truth = (pd.read_csv(f, dtype=str) for f in (output / "submission.csv", data / "solution.csv"))
+        table, truth = (pd.read_csv(f, dtype=str) for f in (finished / "submission.csv", data / "solution.csv"))
         kept = table["prediction"] != "unknown"
-        scores = json.loads((output / "scores.json").read_text())["reject"]
+        scores = json.loads((finished / "scores.json").read_text())["reject"]
         assert table["prediction"][kept].equals(labels[kept]) and scores["kept"] == pytest.approx(kept.mean(), abs=1e-3)
         right = (table["prediction"] == truth["label"])[kept].mean()
         assert scores["accuracy_kept"] == (pytest.approx(right, abs=1e-3) if kept.any() else None)
@@ -111,23 +105,23 @@ def test_rejected_photographs_are_unknown(data, output):
     by_name = {row["photo"].rsplit("/", 1)[1]: row for row in rows}
     assert [by_name[name]["label"] for name in table["filename"]] == table["prediction"].tolist()
     assert all(by_name[name]["confidence"] is None for name in rejected[2])
-    recipe = load_json(output / "test_nfnet" / "fold1" / "args.json")
-    stamp = load_json(output / "test_nfnet" / "fold1" / "extract.json")
+    recipe = load_json(finished / "test_nfnet" / "fold1" / "args.json")
+    stamp = load_json(finished / "test_nfnet" / "fold1" / "extract.json")
     left = {"recipes": {"test_nfnet/fold1": recipe}, "embedded": {"test_nfnet/fold1": retrieve.embedding_of(stamp)},
             "train": stamp["train"], "strangeness": [0.0] * 99}
-    (output / "left_out.json").write_text(json.dumps(left))
+    (finished / "left_out.json").write_text(json.dumps(left))
     assert "leave_out.py" not in script("retrieve.py", *flags, "--reject", 0.95).stderr
-    assert (pd.read_csv(output / "submission.csv")["prediction"] == "unknown").all(), "all left out look known"
+    assert (pd.read_csv(finished / "submission.csv")["prediction"] == "unknown").all(), "all left out look known"
     for other in ({"recipes": {"test_nfnet/fold1": recipe | {"lr": 9}}}, {"train": "of other images"},
                   {"embedded": {"test_nfnet/fold1": [[64], None, False, "squash"]}}):
-        (output / "left_out.json").write_text(json.dumps(left | other))
-        assert retrieve.left_out(output, read_train(data)) is None
+        (finished / "left_out.json").write_text(json.dumps(left | other))
+        assert retrieve.left_out(finished, read_train(data)) is None
     assert "leave_out.py measures" in script("retrieve.py", *flags, "--reject", 0.95).stderr, "it was for another recipe"
     assert "--reject must be" in script("retrieve.py", *flags, "--reject", 1, code=2).stderr
 
 
-def test_left_out_products_are_trained_without_and_measured(data, output, monkeypatch):
-    flags = ["--input", data, "--output", output]
+def test_left_out_products_are_trained_without_and_measured(data, finished, monkeypatch):
+    flags = ["--input", data, "--output", finished]
 
     def here(command):
         script(Path(command[1]).name, *command[2:])
@@ -135,22 +129,22 @@ def test_left_out_products_are_trained_without_and_measured(data, output, monkey
 
     monkeypatch.setattr("subprocess.run", here)  # in this process: sooner done
     said = script("scripts/leave_out.py", *flags, "--runs", "test_efficientnet/fold0").stdout
-    figures = json.loads((output / "left_out.json").read_text())
+    figures = json.loads((finished / "left_out.json").read_text())
     assert len(figures["labels"]) == 1 and len(figures["strangeness"]) == 6 and "of 6 photographs of 1 products" in said
-    assert not set(pd.read_csv(output / "left_out" / "input" / "train.csv")["label"]) & set(figures["labels"])
+    assert not set(pd.read_csv(finished / "left_out" / "input" / "train.csv")["label"]) & set(figures["labels"])
     recipes = [json.loads((folder / "test_efficientnet" / "fold0" / "args.json").read_text())
-               for folder in (output, output / "left_out")]
+               for folder in (finished, finished / "left_out")]
     assert recipes[0] == recipes[1]
     assert "leaves out 0 of 4" in script("scripts/leave_out.py", *flags, "--share", 0.1, code=2).stderr
     assert "is of other products" in script("scripts/leave_out.py", *flags, "--seed", 1, code=2).stderr
 
 
-def test_a_product_of_the_name_unknown_and_runs_that_held_nothing_out_are_refused(data, output):
-    flags = ["--input", data, "--output", output]
+def test_a_product_of_the_name_unknown_and_runs_that_held_nothing_out_are_refused(data, finished):
+    flags = ["--input", data, "--output", finished]
     pd.DataFrame({"path": ["test/q00.jpg"], "label": ["unknown"]}).to_csv(data / "unknown.csv", index=False)
     script("scripts/add_products.py", data / "unknown.csv", *flags)
     assert "'unknown' is a label" in script("retrieve.py", *flags, "--reject", 0.1, code=2).stderr
     script("scripts/add_products.py", "--remove", "unknown", *flags)
-    for stamp in output.glob("*/fold*/extract.json"):
+    for stamp in finished.glob("*/fold*/extract.json"):
         save_json(stamp, load_json(stamp) | {"fold": "all"})
     assert "held images out" in script("retrieve.py", *flags, "--reject", 0.1, code=2).stderr

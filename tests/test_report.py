@@ -26,7 +26,7 @@ def output(data, output, tmp_path):
     return folder
 
 
-def test_a_photo_is_labelled_as_in_the_submission(data, output):
+def test_a_photo_is_labelled_as_in_the_submission(data, output, tmp_path):
     flags = ["--input", data, "--output", output]
 
     def check():
@@ -63,6 +63,8 @@ def test_a_photo_is_labelled_as_in_the_submission(data, output):
     sheet = pd.read_csv(io.StringIO(script("scripts/classify.py", data / "test" / "q00.jpg", *flags, "--csv").stdout))
     assert sheet.columns[:5].tolist() == ["photo", "label", "confidence", "path1", "similarity1"] and len(sheet) == 1
     assert "no such.jpg" in script("scripts/classify.py", "no such.jpg", *flags, code=2).stderr
+    (tmp_path / "cut.jpg").write_bytes((data / "test" / "q00.jpg").read_bytes()[:40])
+    assert "leave them out" in script("scripts/classify.py", data / "test", tmp_path / "cut.jpg", *flags, code=2).stderr
     (data / "empty").mkdir(exist_ok=True)
     assert "holds no image" in script("scripts/classify.py", data / "empty", *flags, code=2).stderr
 
@@ -89,6 +91,8 @@ def test_the_report_shows_what_the_files_hold(data, output, tmp_path):
     (source / "solution.csv").unlink()
     (output / "confidence.csv").unlink()
     assert all(q["truth"] is None for q in page()["queries"])
+    script("extract.py", *flags, "--arch", "test_nfnet", "--test-size", 48, "--workers", 1)
+    assert "run retrieve.py again" in script("scripts/report.py", *flags, code=2).stderr, "it would show former neighbours"
 
 
 HOSTILE = '</script><img src=x onerror="window.hit = 1">\'"&amp;', "\"'><img src=x onerror=window.hit=1>.jpg"  # label, file

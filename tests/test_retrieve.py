@@ -238,7 +238,7 @@ QUERY = np.array([[0.8, 0.6]], np.float32)
 
 def test_centroid_by_hand():
     mean = np.array([1.6, 0.8]) / np.hypot(1.6, 0.8)
-    scores = votes.centroid(QUERY, UNIT, np.array([0, 0, 1]), 3)
+    scores = votes.recentring(QUERY, UNIT, np.array([0, 0, 1]), 3, rounds=0)
     assert scores[0].tolist() == pytest.approx([QUERY[0] @ mean, 0.6, 0], abs=1e-6)
 
 

@@ -14,7 +14,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from conftest import ROOT, make_data, script, train
+from conftest import ROOT, make_data, same, script, train
 
 from dataset import (
     Images,
@@ -22,7 +22,6 @@ from dataset import (
     check_images,
     encode,
     load_folds,
-    read_csv,
     read_image,
     read_pseudo,
     read_test,
@@ -31,6 +30,7 @@ from dataset import (
 from extract import embed, is_finished
 from models import Model, load_weights
 from search import topk
+from train import load_last
 
 
 def flip(path, place, bit=0):
@@ -38,16 +38,6 @@ def flip(path, place, bit=0):
     data = bytearray(path.read_bytes())
     data[place] ^= 1 << bit
     path.write_bytes(data)
-
-
-def same(a, b):
-    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
-
-
-@pytest.fixture
-def finished(output, tmp_path):
-    """A copy of the two finished runs, to be damaged."""
-    return shutil.copytree(output, tmp_path / "o")
 
 
 def test_a_short_campaign(tmp_path):
@@ -77,11 +67,23 @@ def test_a_flipped_bit_in_a_checkpoint_is_refused_and_a_lost_best_is_trained_aga
     run = finished / "test_efficientnet" / "fold0"
     before = load_checkpoint(run / "best.pt")["model"]
     flip(run / "best.pt", (run / "best.pt").stat().st_size // 2)
+    (finished / "test_nfnet/fold1/extract.json").unlink()
     refused = script("extract.py", "--input", data, "--output", finished, code=2)
     assert "test_efficientnet/fold0/best.pt is damaged" in refused.stderr and "delete it" in refused.stderr
+    assert (finished / "test_nfnet/fold1/extract.json").exists(), "one bad run does not stop the others"
     (run / "best.pt").unlink()
     assert "best.pt is gone: training anew" in train(data, finished).stdout
     assert same(load_checkpoint(run / "best.pt")["model"], before)
+
+
+def test_a_whole_log_without_checkpoints_does_not_call_the_next_first_epoch_finished(finished):
+    run = finished / "test_nfnet" / "fold1"
+    assert load_last(run, {"train": load_checkpoint(run / "last.pt")["train"]})["epoch"] == 3 and is_finished(run)
+    for name in ("last.pt", "best.pt"):
+        (run / name).rename(run / f"old {name}")
+    assert load_last(run, {})["epoch"] == 0
+    (run / "old best.pt").rename(run / "best.pt")  # as the first epoch leaves it, if a kill comes before its last.pt
+    assert not is_finished(run)
 
 
 def test_a_log_of_other_epochs_than_all_is_no_finished_run(finished):
@@ -186,12 +188,14 @@ def test_what_an_interrupt_breaks_is_no_fault_of_its_own(capsys):
     assert end.value.code == 1 and said.startswith("Traceback") and said.endswith("RuntimeError: a fault\n")
 
 
-def test_two_fresh_runs_give_the_same_files(data, output, tmp_path):
-    train(data, tmp_path, "test_efficientnet", 0, "--deterministic")
+def test_two_fresh_runs_give_the_same_files_without_workers_and_cache_too(data, output, tmp_path):
+    assert (data / ".cache" / "32-squash.json").exists()
+    train(data, tmp_path, "test_efficientnet", 0, "--deterministic", "--workers", "0", "--no-cache")
     script("extract.py", "--input", data, "--output", tmp_path, "--workers", 0, "--precision", "fp32", "--deterministic")
     torch.use_deterministic_algorithms(False)
     run = "test_efficientnet/fold0"
-    assert same(*(load_checkpoint(folder / run / "best.pt")["model"] for folder in (tmp_path, output)))
+    for name in ("last.pt", "best.pt"):
+        assert same(*(load_checkpoint(folder / run / name)["model"] for folder in (tmp_path, output)))
     for name in ("train.npy", "test.npy", "head.npy"):
         assert (tmp_path / run / name).read_bytes() == (output / run / name).read_bytes(), name
 
@@ -287,29 +291,7 @@ def test_a_zero_embedding_is_caught_with_its_file(data):
             return torch.zeros(len(images), 4)
 
     with pytest.raises(InputError, match=f"{names[0]} gives a NaN, infinite or zero embedding"):
-        embed(Zero(), Images(data, names, np.zeros(len(names)), 8), torch.device("cpu"), output=Zero.forward, width=4)
-
-
-def test_labels_of_any_text_come_back():
-    hypothesis = pytest.importorskip("hypothesis", reason="pip install hypothesis: a development dependency")
-    some = hypothesis.strategies
-    text = some.text(some.characters(exclude_characters="\0\r", exclude_categories=["Cs"]), min_size=1, max_size=9)
-    labels = some.lists(text.filter(str.strip), min_size=2, max_size=6, unique=True)
-
-    @hypothesis.settings(max_examples=60, deadline=None, database=None, derandomize=True)
-    @hypothesis.given(labels)
-    def check(labels):
-        table = pd.DataFrame({"path": [f"{i}.png" for i in range(len(labels))], "label": labels})
-        with pytest.MonkeyPatch.context() as patch:
-            from pathlib import Path
-
-            data = table.to_csv(index=False).encode()
-            patch.setattr(Path, "read_bytes", lambda _: data)
-            read = read_csv(__file__, ["path", "label"])["label"].tolist()
-        classes, numbers = encode(read)
-        assert read == labels and [classes[n] for n in numbers] == labels and classes == sorted(labels)
-
-    check()
+        embed(Zero(), Images(data, names, np.zeros(len(names)), 8), torch.device("cpu"), width=4)
 
 
 # --------------------------------------------------------------------------------------------------------- skipping images
