@@ -115,29 +115,46 @@ class Model(nn.Module):
         self.head = ArcFace(EMBEDDING, classes, scale, margin, centres) if head == "arcface" else Softmax(EMBEDDING, classes)
 
     def features(self, images):
-        """uint8 images -> pooled feature map [B, num_features] float32: what the backbone knows without training."""
+        """uint8 images -> pooled features [B, num_features] float32: what the backbone knows without training. GeM pools the
+        map of a convolutional one; a vision transformer has a pooling of its own."""
         x = (images.float() / 255 - self.mean) / self.std
-        x = self.backbone.forward_features(x.contiguous(memory_format=torch.channels_last))
+        try:
+            x = self.backbone.forward_features(x.contiguous(memory_format=torch.channels_last))
+        except AssertionError as error:  # timm's check of the size
+            raise InputError(f"{type(self.backbone).__name__} takes no images of {images.shape[-1]} px ({error}); give another "
+                             "--size, and --test-size") from None
+        if x.ndim == 3 and self.backbone.global_pool:
+            return self.backbone.forward_head(x, pre_logits=True).float()
         if x.ndim != 4 or x.shape[1] != self.neck[0].in_features:
             raise InputError(f"{type(self.backbone).__name__} gives {tuple(x.shape)}, not [B, {self.neck[0].in_features}, "
-                             "h, w]; take a convolutional --arch")
+                             "h, w]; take another --arch")
         return self.pool(x).float()
 
     def forward(self, images):
         return self.neck(self.features(images)).float()
 
 
-def make_backbone(arch):
-    """timm network without weights and without pooling: [B, 3, H, W] -> feature map [B, C, h, w]."""
+def timm_name(arch):
+    """The name of a backbone. An --arch may be that and @ and a word of the user's: another recipe of the same backbone."""
+    return arch.partition("@")[0]
+
+
+def make_backbone(arch, pretrained=False):
+    """timm network without a classifier: a convolutional one, whose features are a map [B, C, h, w]; or a vision transformer,
+    for images of any size, whose features are tokens [B, N, C]."""
     import timm  # takes seconds, as torchvision does, and most scripts need no network
 
+    name = timm_name(arch)
     try:
-        backbone = timm.create_model(arch, pretrained=False, num_classes=0, global_pool="")
+        try:
+            backbone = timm.create_model(name, pretrained, num_classes=0, dynamic_img_size=True)
+        except TypeError:  # no vision transformer
+            backbone = timm.create_model(name, pretrained, num_classes=0, global_pool="")
     except RuntimeError as error:
-        close = difflib.get_close_matches(arch, timm.list_models() + timm.list_pretrained(), 3)
+        close = difflib.get_close_matches(name, timm.list_models() + timm.list_pretrained(), 3)
         hint = f"did you mean {', '.join(close)}?" if close else "timm.list_models() lists the names"
         raise InputError(f"--arch {arch}: {str(error).strip()}; {hint}") from None
-    if LITE.fullmatch(arch):  # TensorFlow's lite weights saw images in [-1, 1]
+    if LITE.fullmatch(name):  # TensorFlow's lite weights saw images in [-1, 1]
         backbone.pretrained_cfg.update(mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5))
     for module in backbone.modules():
         if isinstance(module, (nn.ReLU6, nn.SiLU)):
@@ -300,12 +317,10 @@ def load_weights(model, arch, weights):
         return "random weights (--weights none)", "nothing"
     if weights != "auto":
         return load_file(model, Path(weights))
-    if lite := LITE.fullmatch(arch):
+    if lite := LITE.fullmatch(timm_name(arch)):
         return load_lite(model.backbone, lite[1])
-    import timm
-
     try:
-        state = timm.create_model(arch, pretrained=True, num_classes=0, global_pool="").state_dict()
+        state = make_backbone(arch, pretrained=True).state_dict()
     except Exception as error:  # no network, no such file, no space: the hub's client raises all kinds
         raise InputError(
             f"--weights auto: the pretrained weights of {arch} could not be fetched ({type(error).__name__}: "

@@ -81,7 +81,8 @@ HINT = ("the checkpoint of the last finished epoch is kept. Try a lower --lr, --
 def parse_args(argv=None):
     parser = script_parser(__doc__)
     add = parser.add_argument
-    add("--arch", required=True, help="any timm name, e.g. nfnet_l0, tf_efficientnet_b1.ns_jft_in1k")
+    add("--arch", required=True, help="a timm name, e.g. nfnet_l0, tf_efficientnet_b1.ns_jft_in1k; behind an @ "
+        "a word of yours: another recipe of that backbone, e.g. nfnet_l0@320")
     add("--fold", required=True, help="the fold held out, 0 .. folds-1; 'all' trains on everything, unvalidated")
     add("--n-folds", type=int, default=5, help="number of folds (default 5)")
     add("--fold-by", choices=["random", "group", "look"], help="hold out images at random, whole groups, or whole looks: "

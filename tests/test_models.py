@@ -183,6 +183,20 @@ def test_lite_weights_are_the_package_s_and_normalised_to_pm1():
     assert model.mean.flatten().tolist() == [0.5] * 3 and model.std.flatten().tolist() == [0.5] * 3
 
 
+def test_a_vision_transformer_takes_images_of_any_size_of_whole_patches():
+    torch.manual_seed(0)
+    model, images = Model("test_vit@mine", 4).eval(), torch.randint(256, (2, 3, 48, 48), dtype=torch.uint8)
+    with torch.inference_mode():
+        found = model.features(images)
+        tokens = model.backbone.forward_features((images / 255 - model.mean) / model.std)
+        assert tokens.shape == (2, 10, 64) and torch.allclose(found, tokens[:, 0], atol=1e-5), "of 3 x 3 patches, the class's"
+        assert model(images).shape == (2, 512) and model(images[..., :32, :32]).shape == (2, 512)
+    with pytest.raises(InputError, match=r"takes no images of 40 px .*patch size"):
+        model(images[..., :40, :40])
+    with pytest.raises(InputError, match="take another --arch"):
+        Model("swin_tiny_patch4_window7_224", 2)(torch.zeros(1, 3, 224, 224, dtype=torch.uint8))
+
+
 def test_weights_that_cannot_be_had_are_an_error(tmp_path):
     with pytest.raises(InputError, match="--weights none"):
         load_weights(Model("test_efficientnet", 2), "test_efficientnet", "auto")

@@ -369,6 +369,16 @@ def test_a_run_without_numbers_does_not_stop_the_others_of_its_pass(data, finish
     assert script("extract.py", "--input", data, "--output", finished, code=2).stdout.count("up to date") == 1
 
 
+def test_two_recipes_of_one_vision_transformer_side_by_side(data, tmp_path):
+    for arch, size in (("test_vit", 32), ("test_vit@larger", 48)):
+        train(data, tmp_path, arch, 0, "--epochs", 1, "--size", size)
+    script("extract.py", "--input", data, "--output", tmp_path, "--arch", "test_vit@larger", "--workers", 1)
+    script("extract.py", "--input", data, "--output", tmp_path, "--workers", 1)
+    script("retrieve.py", "--input", data, "--output", tmp_path)
+    runs = load_json(tmp_path / "scores.json")["runs"]
+    assert list(runs) == ["test_vit/fold0", "test_vit@larger/fold0"] and len(set(runs.values())) == 2
+
+
 def test_a_begun_run_keeps_its_precision(data, tmp_path):
     train(data, tmp_path, "test_nfnet", 0, "--epochs", "1", "--precision", "bf16")
     assert "finished already" in train(data, tmp_path, "test_nfnet", 0, "--epochs", "1", "--precision", "auto").stdout
