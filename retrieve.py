@@ -308,16 +308,18 @@ def strangers(runs, grown, fold, own, numbers, output, device):
     return found
 
 
-def strangeness(runs, found, device):
-    """How likely a photograph of a product that is not in the gallery is as similar to it as a test image is, [n]: a p-value,
-    the share of the `strangers` found that are, those of each fold compared by its own runs.
+def nearest_by_fold(runs, device):
+    """{fold: similarity of each test image to the nearest gallery image by the runs of that fold [n]}."""
+    return {str(k): topk(Joined([r["test"] for r in out]), Joined([r["train"] for r in out]), 1, device=device)[0][:, 0]
+            for k, out in by_fold(runs)}
+
+
+def strangeness(near, found):
+    """How likely a photograph of a product that is not in the gallery is as similar to it as a photograph is, [n]: a p-value,
+    the share of the `strangers` found that are, those of each fold compared by its own runs. near: see nearest_by_fold.
     Sources: the nearest similarity, Sun et al., Out-of-distribution detection with deep nearest neighbors, ICML 2022; the ranks
     over folds, Vovk, Cross-conformal predictors, Annals of Mathematics and Artificial Intelligence 2015."""
-    count = np.ones(len(runs[0]["test"]))
-    for k, near in found.items():
-        out = [r for r in runs if r["fold"] == k]
-        best = topk(Joined([r["test"] for r in out]), Joined([r["train"] for r in out]), 1, device=device)[0][:, 0]
-        count += len(near) - np.searchsorted(near, best)
+    count = 1 + sum(len(others) - np.searchsorted(others, near[k]) for k, others in found.items())
     return count / (1 + sum(map(len, found.values())))
 
 
@@ -347,19 +349,22 @@ def ranks(strange, unseen):
     return (1 + np.searchsorted(np.sort(unseen), strange, "right")) / (1 + len(unseen))
 
 
-def reject(runs, grown, train, classes, numbers, args, device):
-    """Which of the test images --reject takes for none of the products, bool [n]."""
+def rejecter(runs, grown, train, classes, numbers, args, device):
+    """The function by which --reject takes photographs for none of the products: what nearest_by_fold says -> bool [n]; without
+    --reject None."""
+    if not args.reject:
+        return None
     if UNKNOWN in classes:
         raise InputError(f"--reject: {UNKNOWN!r} is a label of the gallery; rename it")
     if not by_fold(runs):
         raise InputError("--reject needs runs that held images out; train runs of folds, not of 'all'")
     own = number_of(train["label"], classes)
     found = strangers(runs, grown, load_folds(args.output, train), own, numbers, args.output, device)
-    strange, unseen = strangeness(grown, found, device), left_out(args.output, train)
+    unseen = left_out(args.output, train)
     if unseen is None and place()[0] == 0:
         print("the rate of --reject is that of products which the runs trained on; that of new ones is higher: "
               "scripts/leave_out.py measures by how much, and corrects it", file=sys.stderr)
-    return (strange if unseen is None else ranks(strange, unseen)) > args.reject
+    return lambda near: (strangeness(near, found) if unseen is None else ranks(strangeness(near, found), unseen)) > args.reject
 
 
 # ------------------------------------------------------------------------------------------------------------- the work
@@ -398,7 +403,8 @@ def retrieve(args, device, train, test):
         key = fingerprint([(args.k, stamps_of(grown))])
         store = Store(begun, key) if first else None
         said, similarity, index = label_test(grown, numbers, len(classes), args, wanted, device, store)
-        strange = reject(runs, grown, train, classes, numbers, args, device) if args.reject else np.zeros(len(test), bool)
+        rejects = rejecter(runs, grown, train, classes, numbers, args, device)
+        strange = rejects(nearest_by_fold(grown, device)) if rejects else np.zeros(len(test), bool)
         if not first:
             return scores
         good, test = test, whole  # an image in bad_images.csv gets the most frequent label

@@ -2,7 +2,7 @@
 images.
 
 Reads  what scripts/classify.py reads, input/train.csv's images and scripts/app.html, the page's frame
-Writes nothing: a photograph stays in memory while it is labelled
+Writes nothing (but what retrieve.py --reject keeps): a photograph stays in memory while it is labelled
 
     python scripts/app.py                                      then open http://127.0.0.1:8000
     python scripts/app.py --input input/demo --output output/demo --host 0.0.0.0          for phones in the same network
@@ -31,6 +31,7 @@ from expect import NEIGHBOURS
 from PIL import Image
 
 from dataset import decode_image, encode, read_image
+from retrieve import UNKNOWN, check_reject_flag, reject_flag, rejecter
 
 MOST_BYTES, MOST_PIXELS = 32 * 2**20, 64 * 10**6  # of a photograph; the largest phones' by default take 12 MB, 50 megapixels
 WAITING = 8  # photographs that may wait for their label at a time, each in memory
@@ -46,12 +47,14 @@ def parse_args():
     add = parser.add_argument
     add("--runs", nargs="+", metavar="ARCH/foldK", help="runs to join; default: every finished run")
     add("--k", type=int, default=5, help="training images shown (default 5)")
+    reject_flag(parser)
     add("--host", default="127.0.0.1", help="address to listen at; 0.0.0.0: everyone who reaches this machine may use the page "
         "and see the training images (default 127.0.0.1, this machine only)")
     add("--port", type=int, default=8000, help="0 = any free one (default 8000)")
     args = parser.parse_args()
     if not 1 <= args.k <= NEIGHBOURS or not 0 <= args.port < 2**16:
         parser.error(f"--k must be 1..{NEIGHBOURS}, --port 0..65535")
+    check_reject_flag(parser, args)
     args.batch_size = 1
     return args
 
@@ -79,20 +82,23 @@ class Labeller:
 
     def __init__(self, args, device):
         self.args, self.device = args, device
-        self.runs, self.gallery, *trained = load(args, device)
+        self.runs, self.gallery, train, trained = load(args, device)
         self.classes, self.labels = encode(self.gallery["label"])
-        self.calibration = load_calibration(args, *trained, self.classes, device)
+        self.calibration = load_calibration(args, train, trained, self.classes, device)
+        self.rejects = rejecter(trained, self.runs, train, self.classes, self.labels, args, device)
         self.computing, self.reading = ThreadPoolExecutor(1), ThreadPoolExecutor(2)
         self.computing.submit(self.label, np.zeros((64, 64, 3), np.uint8)).result()  # the first is slow, faults show now
 
     def label(self, photo):
         """The answer for an image uint8 [H, W, 3], ready for JSON."""
         start = time.time()
-        number, confidence, similarity, index = classify([photo], self.runs, self.labels, len(self.classes), self.calibration,
-                                                         self.args, self.device)
+        number, confidence, similarity, index, by_fold = classify([photo], self.runs, self.labels, len(self.classes),
+                                                                  self.calibration, self.args, self.device)
+        strange = bool(self.rejects and self.rejects(by_fold)[0])
         near = [{"image": f"image/{j}", "path": self.gallery["path"].iloc[j], "label": self.classes[self.labels[j]],
                  "similarity": round(float(s), 4)} for s, j in zip(similarity[0], index[0], strict=True)]
-        return {"label": self.classes[number[0]], "confidence": None if confidence is None else round(float(confidence[0]), 4),
+        return {"label": UNKNOWN if strange else self.classes[number[0]],
+                "confidence": None if confidence is None or strange else round(float(confidence[0]), 4),
                 "neighbours": near, "seconds": round(time.time() - start, 3)}
 
     def answer(self, data):

@@ -25,7 +25,7 @@ from sklearn.metrics import roc_auc_score
 
 from dataset import encode, load_folds, read_solution, read_test, read_train
 from extract import embed_files, run_folder
-from retrieve import load_runs, ranks, strangeness, strangers
+from retrieve import load_runs, nearest_by_fold, ranks, strangeness, strangers
 from search import Joined, topk
 
 RECIPE = {"epochs": 5, "eval_every": 5, "fold_by": "look", "scale": 20, "margin": 0.2, "lr": 0.006, "head_lr_scale": 5}
@@ -79,10 +79,11 @@ def rejection(runs, output, known, rows, added, truth, args, device):
     kinds = {name: {"auroc_held_out": auroc(ours[name], strange[name]), "auroc_test": auroc(x[seen], x[~seen])}
              for name, x in test.items()}
     found = strangers(runs, runs, fold, labels, labels, output, device)
-    p = strangeness(runs, found, device)
+    p = strangeness(nearest_by_fold(runs, device), found)
     kinds["strangeness"] = {"auroc_test": auroc(-p[seen], -p[~seen])}
 
-    unseen = strangeness([r | {"test": more} for r, more in zip(runs, added, strict=True)], found, device)
+    others = [r | {"test": more} for r, more in zip(runs, added, strict=True)]
+    unseen = strangeness(nearest_by_fold(others, device), found)
     rates = []
     for number in range(args.draws):
         half = draw(rows["label"], args.classes // 2, (args.seed, number))

@@ -3,11 +3,11 @@
 Reads  PHOTO ... (files, or folders with all images below them); input/train.csv, best.pt and train.npy of the runs,
        output/{folds.csv,added.npz} and, if scripts/expect.py ran, expected.json; to reject, the files that retrieve.py
        --reject reads
-Writes a table, --csv or --json to stdout
+Writes a table, --csv or --json to stdout; to reject, output/strangers.npz where it is not there yet
 
     python scripts/classify.py photo.jpg
     python scripts/classify.py photo.jpg --reject 0.05          # 'unknown' where it may be none of the products
-    python scripts/classify.py shelf/ --input input/demo --output output/demo --csv > labels.csv
+    python scripts/classify.py photos/ --input input/demo --output output/demo --csv > labels.csv
 """
 
 import csv
@@ -46,7 +46,7 @@ from dataset import (
     resize,
 )
 from extract import embed_pass, load_model
-from retrieve import UNKNOWN, by_fold, check_reject_flag, grow, load_runs, reject, reject_flag, stamps_of
+from retrieve import UNKNOWN, by_fold, check_reject_flag, grow, load_runs, reject_flag, rejecter, stamps_of
 from search import as_tensor, merge
 
 
@@ -164,12 +164,11 @@ def search_each(embedded, runs):
 
 
 def classify(photos, runs, labels, classes, calibration, args, device):
-    """(class number [n], confidence [n] or None, similarity [n, k], index [n, k]) of photographs by the joint `runs` of load,
-    which keep their embeddings as "test". It is what retrieve.py and scripts/expect.py say of test images, but for the rounding
-    of similarities."""
-    found, kept = [], []
+    """(class number [n], confidence [n] or None, similarity [n, k], index [n, k]; of retrieve.nearest_by_fold {fold: [n]}) of
+    photographs by the joint `runs` of load. It is what retrieve.py and scripts/expect.py say of test images, but for the
+    rounding of similarities."""
+    found, folds = [], {str(k): [r["fold"] == str(k) for r in runs] for k, _ in by_fold(runs)}
     for embedded in embed_all(photos, runs, device, args.batch_size):
-        kept.append(embedded)
         step = max(1, 2**26 // (len(runs) * len(labels)))  # of the similarities, so that they take 256 MiB
         for at in range(0, len(embedded[0]), step):
             each = search_each([rows[at:at + step] for rows in embedded], runs)
@@ -181,10 +180,10 @@ def classify(photos, runs, labels, classes, calibration, args, device):
                 confidence = confide_alone(best, np.array(votes), calibration)
             elif calibration:
                 confidence = probability(best, calibration)
-            found.append((best.argmax(1), confidence, similarity[:, :args.k], index[:, :args.k]))
-    for r, parts in zip(runs, zip(*kept, strict=True), strict=True):
-        r["test"] = np.concatenate(parts)
-    return tuple(None if parts[0] is None else np.concatenate(parts) for parts in zip(*found, strict=True))
+            near = [each[out].mean(0).amax(1).numpy() for out in folds.values()]
+            found.append((best.argmax(1), confidence, similarity[:, :args.k], index[:, :args.k], *near))
+    joined = [None if parts[0] is None else np.concatenate(parts) for parts in zip(*found, strict=True)]
+    return *joined[:4], dict(zip(folds, joined[4:], strict=True))
 
 
 def main():
@@ -195,8 +194,9 @@ def main():
     runs, gallery, train, trained = load(args, device)
     classes, labels = encode(gallery["label"])
     calibration = load_calibration(args, train, trained, classes, device)
-    number, confidence, similarity, index = classify(photos, runs, labels, len(classes), calibration, args, device)
-    strange = reject(trained, runs, train, classes, labels, args, device) if args.reject else np.zeros(len(photos), bool)
+    rejects = rejecter(trained, runs, train, classes, labels, args, device)
+    number, confidence, similarity, index, near = classify(photos, runs, labels, len(classes), calibration, args, device)
+    strange = rejects(near) if rejects else np.zeros(len(photos), bool)
     said = [{"photo": str(photo), "label": UNKNOWN if strange[i] else classes[number[i]],
              "confidence": None if confidence is None or strange[i] else round(float(confidence[i]), 4),
              "neighbours": [{"path": gallery["path"].iloc[j], "label": classes[labels[j]], "similarity": round(float(s), 4)}

@@ -20,7 +20,7 @@ import numpy as np
 
 from dataset import encode, load_folds, load_train, read_train, train_fingerprint
 from extract import embed_files, finished_runs, run_folder
-from retrieve import LEFT_OUT, embedding_of, load_runs, strangeness, strangers
+from retrieve import LEFT_OUT, embedding_of, load_runs, nearest_by_fold, strangeness, strangers
 
 ROOT = Path(__file__).resolve().parent.parent
 NOT_REPEATED = {"pseudo", "pseudo_min"}  # pseudo-labels may be those of products left out
@@ -107,7 +107,7 @@ def main():
     found = strangers(runs, runs, load_folds(beside, train), numbers, numbers, beside, device)
     for r in runs:
         r["test"] = embed_files(beside / r["name"], args.input, rows["path"], device)
-    strange = np.sort(strangeness(runs, found, device))
+    strange = np.sort(strangeness(nearest_by_fold(runs, device), found))
     save_json(output / LEFT_OUT, {"labels": sorted(set(rows["label"])), "recipes": dict(zip(names, recipes, strict=True)),
                                   "train": stamp, "embedded": {r["name"]: embedding_of(r["stamp"]) for r in runs},
                                   "strangeness": strange.tolist()})

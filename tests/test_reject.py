@@ -1,6 +1,7 @@
 """Photographs of products that are not in the catalogue: the threshold against a naive reference, what the scripts say then."""
 
 import json
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -9,10 +10,14 @@ from utils import load_json, save_json
 import numpy as np
 import pandas as pd
 import pytest
-from conftest import script
+import torch
+from conftest import ROOT, script
 
 import retrieve
-from dataset import read_train
+from dataset import read_image, read_train
+
+sys.path.insert(0, str(ROOT / "scripts"))
+import app
 
 
 def unit(x):
@@ -52,7 +57,8 @@ def test_strangeness_equals_a_naive_reference(tmp_path):
     runs, fold, labels, _ = open_set(np.random.default_rng(0), classes=6, each=30)
     found = retrieve.strangers(runs, runs, fold, labels, labels, tmp_path, "cpu")
     expected = naive_strangeness(runs, fold, labels)
-    assert np.allclose(retrieve.strangeness(runs, found, "cpu"), expected, atol=2.5 / len(fold)) and expected.min() < 0.1
+    near = retrieve.nearest_by_fold(runs, "cpu")
+    assert np.allclose(retrieve.strangeness(near, found), expected, atol=2.5 / len(fold)) and expected.min() < 0.1
     again = retrieve.strangers(runs, runs, fold, labels, labels, tmp_path, "cpu")
     assert all(np.array_equal(found[k], again[k]) for k in found | again)
     other = [r | {"stamp": {"k": "trained since"}, "train": r["train"] + 1} for r in runs]
@@ -74,7 +80,7 @@ def test_the_rate_of_false_accepts_is_the_wanted_one(tmp_path):
     for seed in range(30):
         runs, fold, labels, known = open_set(np.random.default_rng(seed))
         found = retrieve.strangers(runs, runs, fold, labels, labels, tmp_path / str(seed), "cpu")
-        accept = retrieve.strangeness(runs, found, "cpu") <= 0.1
+        accept = retrieve.strangeness(retrieve.nearest_by_fold(runs, "cpu"), found) <= 0.1
         accepted.append(accept[~known].mean())
         kept.append(accept[known].mean())
     assert 0.02 < np.mean(accepted) < 0.12 and np.mean(kept) > 0.8, "two runs averaged: at most the rate, rather less"
@@ -85,7 +91,7 @@ def test_products_left_out_correct_the_rate():
     assert np.allclose(retrieve.ranks(strange, [0.5, 0.01, 0.04]), [1 / 4, 2 / 4, 3 / 4, 1])
 
 
-def test_rejected_photographs_are_unknown(data, finished):
+def test_rejected_photographs_are_unknown(data, finished, monkeypatch):
     flags, photos = ["--input", data, "--output", finished], data / "test"
     script("retrieve.py", *flags)
     labels = pd.read_csv(finished / "submission.csv", dtype=str)["prediction"]
@@ -105,6 +111,9 @@ def test_rejected_photographs_are_unknown(data, finished):
     by_name = {row["photo"].rsplit("/", 1)[1]: row for row in rows}
     assert [by_name[name]["label"] for name in table["filename"]] == table["prediction"].tolist()
     assert all(by_name[name]["confidence"] is None for name in rejected[2])
+    monkeypatch.setattr(sys, "argv", ["app.py", *map(str, flags), "--reject", str(rate)])
+    labeller = app.Labeller(app.parse_args(), torch.device("cpu"))
+    assert [labeller.label(read_image(photos / name))["label"] for name in table["filename"]] == table["prediction"].tolist()
     recipe = load_json(finished / "test_nfnet" / "fold1" / "args.json")
     stamp = load_json(finished / "test_nfnet" / "fold1" / "extract.json")
     left = {"recipes": {"test_nfnet/fold1": recipe}, "embedded": {"test_nfnet/fold1": retrieve.embedding_of(stamp)},
