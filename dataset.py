@@ -743,8 +743,7 @@ class EpochSampler(Sampler):
 
 
 def default_workers():
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    cores //= int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    cores = len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     return min(16, max(1, cores - 1))  # a core is left to the training process
 
 

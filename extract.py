@@ -224,16 +224,28 @@ def load_model(folder, stamp, device):
     return model
 
 
-def embed_files(folder, base, files, device, batch_size=64):
-    """Embeddings [n, 512] of image files below `base` as the extracted run in `folder` embedded its gallery."""
-    stamp = load_json(folder / "extract.json")
-    model = load_model(folder, stamp, device)
-    images = Images(base, files, np.zeros(len(files), np.int64), stamp["sizes"][0], stamp["resize"])
-    workers = 0
-    if len(files) > batch_size:  # both take longer than a few photographs
-        workers, model = default_workers(), fold_batch_norm(model, stamp["sizes"][0])
-    return embed(model, images, device, pick_precision(stamp["precision"], device), batch_size, workers,
-                 f"{folder.parent.name}/{folder.name}", stamp["sizes"])
+def embed_alike(runs, output, make, device, workers, batch_size=0):
+    """{name of the run: embeddings [n, 512]} of the images that make(size, resize) returns, by extracted runs below `output` as
+    they embedded their galleries, each image decoded once for all runs that take it alike. A run: its "name", its extract.json
+    as "stamp"."""
+    alike, found = {}, {}
+    for r in runs:
+        alike.setdefault(json.dumps(alike_by(r["stamp"])), []).append(r)
+    for some in alike.values():
+        sizes, resize, precision = alike_by(some[0]["stamp"])
+        models = [fold_batch_norm(load_model(Path(output) / r["name"], r["stamp"], device), sizes[0]) for r in some]
+        images, what = make(sizes[0], resize), some[0]["name"] if len(some) == 1 else f"{len(some)} runs in one pass"
+        joint = embed_jointly(models, images, device, pick_precision(precision, device), batch_size or pick_batch_size(device),
+                              workers, what, sizes)
+        found |= {r["name"]: check_embeddings(part, images, f"{r['name']}: ") for r, part in zip(some, joint, strict=True)}
+    return found
+
+
+def embed_files(runs, output, base, files, device, batch_size=0):
+    """embed_alike of image files below `base`."""
+    workers = default_workers() if len(files) > 64 else 0  # to start processes takes longer than a few photographs
+    return embed_alike(runs, output, lambda size, resize: Images(base, files, np.zeros(len(files), np.int64), size, resize),
+                       device, workers, batch_size)
 
 
 @torch.inference_mode()

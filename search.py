@@ -256,11 +256,11 @@ def search_block(query, gallery, best, own, limit):
     for at in range(0, len(query), rows):
         part = slice(int(start[at]), int(start[at + rows]) if at + rows < len(query) else len(i))
         row = i[part] - at
-        place = torch.arange(part.start, part.stop, device=i.device) - start[i[part]]
+        column = torch.arange(part.start, part.stop, device=i.device) - start[i[part]]
         near = query.new_full((min(rows, len(query) - at), int(count[at:at + rows].max())), -torch.inf)
         which = torch.full(near.shape, NONE, device=i.device)
-        near[row, place] = gallery.similarity(query[at:at + rows], row, j[part])
-        which[row, place] = j[part] + gallery.begin
+        near[row, column] = gallery.similarity(query[at:at + rows], row, j[part])
+        which[row, column] = j[part] + gallery.begin
         both = torch.cat([best[0][at:at + rows], near], 1), torch.cat([best[1][at:at + rows], which], 1)
         best[0][at:at + rows], best[1][at:at + rows] = merge(*both, k)
     return best, over

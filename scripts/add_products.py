@@ -83,16 +83,14 @@ def embed_added(rows, before, runs, args, device):
     """Embeddings [runs, n, 512] of the added images; those that `before` has of a run as it is now are taken over."""
     had = {(name, by): dict(zip(before["content"], vectors, strict=True))
            for name, by, vectors in zip(before["runs"], before["stamps"], before["embeddings"], strict=True)}
-    result = np.empty((len(runs), len(rows), EMBEDDING), np.float32)
-    for r, to in zip(runs, result, strict=True):
-        vectors = had.get((r["name"], embedded_by(r)), {})
-        todo = rows[~rows["content"].isin(vectors)]
-        if len(todo):
-            check_images(args.input, todo["path"])
-            new = embed_files(Path(args.output) / r["name"], args.input, todo["path"], device, args.batch_size)
-            vectors = vectors | dict(zip(todo["content"], new, strict=True))
-        to[:] = [vectors[c] for c in rows["content"]]
-    return result
+    known = {r["name"]: had.get((r["name"], embedded_by(r)), {}) for r in runs}
+    some = [r for r in runs if not known[r["name"]].keys() >= {*rows["content"]}]
+    todo = rows[np.array([any(c not in known[r["name"]] for r in some) for c in rows["content"]], bool)]
+    check_images(args.input, todo["path"])
+    new = embed_files(some, args.output, args.input, todo["path"], device, args.batch_size)
+    known |= {name: dict(zip(todo["content"], vectors, strict=True)) | known[name] for name, vectors in new.items()}
+    return np.array([[known[r["name"]][c] for c in rows["content"]] for r in runs],
+                    np.float32).reshape(len(runs), len(rows), EMBEDDING)
 
 
 def change(before, new, train, runs, args, device):

@@ -19,9 +19,10 @@ from utils import InputError, pick_device, run, save_csv, script_parser
 import numpy as np
 import pandas as pd
 from alterations import SHIFTS, Altered
-from expect import altered_sets, embed_altered, expect, known_looks
+from expect import altered_sets, expect, known_looks
 
 from dataset import Images, default_workers, encode, load_folds, load_test, load_train, read_solution
+from extract import embed_alike
 from retrieve import load_runs
 
 FEW = ["none", "dark", "blurred", "coarse", "zoomed", "noisy", "warm", "turned", "covered", "jpeg", "grey", "pale"]
@@ -61,7 +62,7 @@ def main():
             return Images(Path(args.input) / "test", test["filename"].iloc[picked], np.zeros(len(picked), np.int64), size,
                           resize, Altered([] if shift == "none" else [shift]), args.seed)
 
-        embedded = embed_altered(runs, args, altered, device)
+        embedded = embed_alike(runs, args.output, altered, device, args.workers)
         shifted = [r | {"test": embedded[r["name"]]} for r in runs]
         _, number, _, figures = expect(shifted, fold, part, labels, shifted, labels,
                                        [s for s in sets if shift not in s["names"]], prior, args, device)

@@ -140,7 +140,8 @@ def main():
     names = [str(run_folder("", args.arch, fold)) for fold in args.folds]
     known = read_train(source, args.allow_outside)
     runs = load_runs(output / "known", names, known, test)
-    added = [embed_files(output / "known" / r["name"], args.input, rows["path"], device) for r in runs]
+    embedded = embed_files(runs, output / "known", args.input, rows["path"], device)
+    added = [embedded[r["name"]] for r in runs]
     figures, rates = rejection(runs, output / "known", known, rows, added, truth, args, device)
     print(json.dumps(figures, indent=1))
     trained = load_runs(output / "all", names, train, test)

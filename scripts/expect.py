@@ -34,7 +34,6 @@ from utils import (
     load_npz,
     lock,
     pick_device,
-    pick_precision,
     run,
     save_csv,
     save_json,
@@ -69,8 +68,7 @@ from dataset import (
     read_test,
     with_bad,
 )
-from extract import alike_by, check_embeddings, embed_jointly, load_model, pick_batch_size
-from models import fold_batch_norm
+from extract import embed_alike
 from retrieve import UNKNOWN, by_fold, check_submission, grow, load_runs, stamps_of
 from search import Joined, topk
 
@@ -200,13 +198,13 @@ def half_votes(runs, queries, labels, device, own=None, looks=None):
     not by those of its `own` look [n] of `looks` [N], if given: int64 [S, 2, n]."""
     def nearest(members):
         part = [Joined([arrays[i] for i in members]) for arrays in (queries, [r["train"] for r in runs])]
-        return labels[search_strangers(*part, 1, device, own, looks)[1][:, 0]]
+        return labels[search_other_looks(*part, 1, device, own, looks)[1][:, 0]]
 
     sides = [[np.flatnonzero(split == which) for which in (False, True)] for split in halves(len(runs))]
     return np.array([[nearest(half) for half in pair] for pair in sides], np.int64).reshape(-1, 2, len(queries[0]))
 
 
-def search_strangers(queries, gallery, k, device, own=None, looks=None):
+def search_other_looks(queries, gallery, k, device, own=None, looks=None):
     """topk, best first, but for rows of the query's `own` look [n] of `looks` [N]."""
     if own is None:
         return topk(queries, gallery, k, device=device)
@@ -313,22 +311,6 @@ def confide_alone(best, votes, calibration):
     return expit(each @ calibration["weights"] + calibration["offset"])
 
 
-def embed_altered(runs, args, make, device):
-    """{name of the run: embeddings [N, 512]} of the images that make(size, resize) returns, made once for all runs that take
-    them alike."""
-    alike, found = {}, {}
-    for r in runs:
-        alike.setdefault(json.dumps(alike_by(r["stamp"])), []).append(r)
-    for some in alike.values():
-        sizes, resize, precision = alike_by(some[0]["stamp"])
-        models = [fold_batch_norm(load_model(Path(args.output) / r["name"], r["stamp"], device), sizes[0]) for r in some]
-        precision, batch_size = pick_precision(precision, device), pick_batch_size(device)
-        images, what = make(sizes[0], resize), f"{len(some)} runs, altered images"
-        joint = embed_jointly(models, images, device, precision, batch_size, args.workers, what, sizes)
-        found |= {r["name"]: check_embeddings(part, images, f"{r['name']}: ") for r, part in zip(some, joint, strict=True)}
-    return found
-
-
 def altered_sets(runs, part, labels, train, args, device):
     """Training images, as they are and altered, among those of other looks: a dictionary a set of their alterations' "names",
     class_best's "best" [n, C], the halves' "votes" [S, 2, n] and the "truth" [n]; and how frequent their classes are [C].
@@ -350,10 +332,10 @@ def altered_sets(runs, part, labels, train, args, device):
         def altered(size, resize):
             return AlteredImages(args.input, train["path"].iloc[rows], labels[rows], size, resize, args.seed)
 
-        kept = {"key": key} | embed_altered(runs, args, altered, device)
+        kept = {"key": key} | embed_alike(runs, args.output, altered, device, args.workers)
         save_npz(file, **kept)
     queries = [kept[r["name"]] for r in runs]
-    similarity, index = search_strangers(Joined(queries), Joined([r["train"] for r in runs]), NEIGHBOURS, device, own, looks)
+    similarity, index = search_other_looks(Joined(queries), Joined([r["train"] for r in runs]), NEIGHBOURS, device, own, looks)
     best, votes = class_best(similarity, labels[index], labels.max() + 1), half_votes(runs, queries, labels, device, own, looks)
     return [{"names": names, "best": best[at:at + len(rows)], "votes": votes[..., at:at + len(rows)], "truth": labels[rows]}
             for at, names in zip(range(0, len(best), len(rows)), ALTERATIONS, strict=True)], prior

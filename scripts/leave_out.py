@@ -105,8 +105,8 @@ def main():
     runs = load_runs(beside, names, train, None)
     numbers = encode(train["label"])[1]
     found = strangers(runs, runs, load_folds(beside, train), numbers, numbers, beside, device)
-    for r in runs:
-        r["test"] = embed_files(beside / r["name"], args.input, rows["path"], device)
+    embedded = embed_files(runs, beside, args.input, rows["path"], device)
+    runs = [r | {"test": embedded[r["name"]]} for r in runs]
     strange = np.sort(strangeness(nearest_by_fold(runs, device), found))
     save_json(output / LEFT_OUT, {"labels": sorted(set(rows["label"])), "recipes": dict(zip(names, recipes, strict=True)),
                                   "train": stamp, "embedded": {r["name"]: embedding_of(r["stamp"]) for r in runs},

@@ -3,7 +3,6 @@
 import json
 import shutil
 import sys
-from types import SimpleNamespace
 
 from utils import InputError, load_json, save_json
 
@@ -15,6 +14,7 @@ from conftest import ROOT, script
 from sklearn.dummy import DummyRegressor
 
 from dataset import Images
+from extract import embed_alike
 
 sys.path.insert(0, str(ROOT / "scripts"))
 import expect
@@ -115,7 +115,7 @@ def test_halves_vote_by_their_nearest_image_not_of_the_own_look():
     strangers = expect.half_votes([{"train": train}] * 3, given, labels, "cpu", np.array([0, 0, 0]), np.arange(3))
     assert (strangers == 1).all(), "the first image is of the own look"
     assert expect.half_votes([{"train": train}], given[:1], labels, "cpu").shape == (0, 2, 3)
-    near = expect.search_strangers(train, train, 2, "cpu", np.array([0, 1, 1]), np.array([0, 1, 1]))
+    near = expect.search_other_looks(train, train, 2, "cpu", np.array([0, 1, 1]), np.array([0, 1, 1]))
     assert near[1].tolist() == [[2, 1], [0, 1], [0, 2]]
     assert np.isneginf(near[0]).tolist() == [[False, False], [False, True], [False, True]]
 
@@ -210,15 +210,15 @@ def test_altered_images_are_made_once_for_runs_of_one_size(data, output):
         made.append(size)
         return Images(data, paths, np.zeros(3, np.int64), size, resize)
 
-    paths, made, args = pd.read_csv(data / "train.csv")["path"][:3], [], SimpleNamespace(output=output, workers=0)
+    paths, made = pd.read_csv(data / "train.csv")["path"][:3], []
     names = ["test_efficientnet/fold0", "test_nfnet/fold1"]
     runs = [{"name": name, "stamp": load_json(output / name / "extract.json")} for name in names]
-    found = expect.embed_altered(runs, args, make, torch.device("cpu"))
+    found = embed_alike(runs, output, make, torch.device("cpu"), 0)
     assert made == [32]
     for name in names:
         assert np.allclose(found[name], np.load(output / name / "train.npy")[:3], atol=1e-5)
     runs[0]["stamp"]["sizes"] = [48, 32]
-    apart = expect.embed_altered(runs, args, make, torch.device("cpu"))
+    apart = embed_alike(runs, output, make, torch.device("cpu"), 0)
     assert made[1:] == [48, 32] and np.array_equal(apart[names[1]], found[names[1]])
     assert not np.allclose(apart[names[0]], found[names[0]], atol=1e-3)
 
