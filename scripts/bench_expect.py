@@ -2,12 +2,13 @@
 
 Each shift alters the test photographs of a prepared set with a solution, the finished runs embed them, and scripts/expect.py's
 estimate, which has not learned from that alteration, is compared with the truth; so are the evidence of held-out images, how
-often halves of the runs agree, and the baselines that look at random hold-outs.
+often halves of the runs agree, and the baselines that look at random hold-outs. With --parts the test photographs come in
+clusters, too, by the colours of their middle (the products) and of their border (the places), as of one sort or one shop.
 Reads  what scripts/expect.py reads, input/solution.csv, best.pt of the runs
 Writes OUTPUT/expected.csv, a line a shift
 
     python scripts/bench_expect.py --input input/grocery --output output/grocery
-    python scripts/bench_expect.py --input input/demo --output output/demo --shifts none jpeg grey
+    python scripts/bench_expect.py --input input/demo --output output/demo --shifts none jpeg grey --parts 3
 """
 
 import sys
@@ -16,12 +17,14 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from utils import InputError, pick_device, run, save_csv, script_parser
 
+import cv2
 import numpy as np
 import pandas as pd
 from alterations import SHIFTS, Altered
 from expect import altered_sets, expect, known_looks
+from sklearn.cluster import KMeans
 
-from dataset import Images, default_workers, encode, load_folds, load_test, load_train, read_solution
+from dataset import Images, default_workers, encode, load_folds, load_image, load_test, load_train, read_solution
 from extract import embed_alike
 from retrieve import load_runs
 
@@ -34,15 +37,28 @@ def parse_args():
     add("--runs", nargs="+", metavar="ARCH/foldK", help="runs to join; default: every finished run")
     add("--shifts", nargs="+", choices=["none", *SHIFTS], default=FEW, metavar="SHIFT",
         help=f"default {' '.join(FEW)}; there are also {', '.join(name for name in SHIFTS if name not in FEW)}")
+    add("--parts", type=int, default=0, help="clusters by middle and by border, as many of each (default 0: none)")
     add("--n", type=int, default=600, help="test images, drawn at random (default 600)")
     add("--looks", type=int, default=5, help="see scripts/expect.py (default 5)")
     add("--altered", type=int, default=60, help="see scripts/expect.py (default 60)")
     add("--seed", type=int, default=0, help="of the test images and looks (default 0)")
     add("--workers", type=int, default=default_workers(), help="loader processes (default min(16, cores - 1))")
     args = parser.parse_args()
-    if min(args.altered, args.looks) < 2 or args.n < 1 or args.workers < 0:
-        parser.error("--altered and --looks must be 2 or more, --n 1 or more, --workers 0 or more")
+    if min(args.altered, args.looks) < 2 or args.n < 1 or min(args.workers, args.parts) < 0:
+        parser.error("--altered and --looks must be 2 or more, --n 1 or more, --workers and --parts 0 or more")
     return args
+
+
+def clusters(folder, names, count, seed):
+    """{name of a cluster: rows} of images in `count` clusters each by the mean colours of their middle and of their border."""
+    small = np.stack([cv2.cvtColor(load_image(Path(folder) / name, 16, "squash"), cv2.COLOR_RGB2LAB) for name in names])
+    middle = np.zeros((16, 16), bool)
+    middle[4:12, 4:12] = True
+    found = {}
+    for what, pixels in ("middle", small[:, middle]), ("border", small[:, ~middle]):
+        own = KMeans(count, n_init=4, random_state=seed).fit_predict(pixels.mean(1))
+        found |= {f"{what} {k + 1} of {count}": np.flatnonzero(own == k) for k in range(count)}
+    return found
 
 
 def main():
@@ -57,16 +73,19 @@ def main():
     part = known_looks(args.output, train, fold)
     picked = np.sort(np.random.default_rng(args.seed).permutation(len(test))[:args.n])
     (sets, prior), rows = altered_sets(runs, part, labels, train, args, device), []
-    for shift in args.shifts:
+    parts = clusters(Path(args.input) / "test", test["filename"], args.parts, args.seed) if args.parts else {}
+    for shift in [*args.shifts, *parts]:
         def altered(size, resize, shift=shift):
             return Images(Path(args.input) / "test", test["filename"].iloc[picked], np.zeros(len(picked), np.int64), size,
                           resize, Altered([] if shift == "none" else [shift]), args.seed)
 
-        embedded = embed_alike(runs, args.output, altered, device, args.workers)
+        which = parts.get(shift, picked)
+        embedded = (embed_alike(runs, args.output, altered, device, args.workers) if shift not in parts else
+                    {r["name"]: r["test"][which] for r in runs})
         shifted = [r | {"test": embedded[r["name"]]} for r in runs]
         _, number, _, figures = expect(shifted, fold, part, labels, shifted, labels,
                                        [s for s in sets if shift not in s["names"]], prior, args, device)
-        right = np.array(classes, object)[number] == truth[picked]
+        right = np.array(classes, object)[number] == truth[which]
         del figures["calibration"], figures["runs"]
         rows.append({"shift": shift, "true": round(float(right.mean()), 4), **figures})
         print(rows[-1], flush=True)

@@ -17,6 +17,7 @@ from dataset import Images
 from extract import embed_alike
 
 sys.path.insert(0, str(ROOT / "scripts"))
+import bench_expect
 import expect
 from alterations import ALTERATIONS, SHIFTS, AlteredImages
 
@@ -287,3 +288,17 @@ def test_another_label_than_the_nearest_has_odds_of_its_own():
     truth, said = np.array([1] * 50 + [0] * 50), np.array([1] * 100)
     calibration = expect.calibrate(np.repeat(best, 50, 0), truth, said)
     assert expect.probability(best, calibration, said[:2]).round(1).tolist() == [1, 0]
+
+
+def test_the_bench_alters_test_images_and_takes_parts_of_them(data, finished):
+    said = script("scripts/bench_expect.py", "--input", data, "--output", finished, "--shifts", "none", "grey", "--parts", 2,
+                  "--altered", 4, "--workers", 0).stdout
+    table = pd.read_csv(finished / "expected.csv")
+    assert table["shift"].tolist() == ["none", "grey", *(f"{w} {i} of 2" for w in ("middle", "border") for i in (1, 2))]
+    assert "mean absolute error" in said and table["true"].between(0, 1).all() and table["expected"].between(0, 1).all()
+    names = pd.read_csv(data / "sample_submission.csv")["filename"]
+    parts = bench_expect.clusters(data / "test", names, 2, 0)
+    middle = [parts[f"middle {i} of 2"] for i in (1, 2)]
+    assert sorted(np.concatenate(middle)) == list(range(12))
+    truth = pd.read_csv(data / "solution.csv")["label"].to_numpy()
+    assert not set(truth[middle[0]]) & set(truth[middle[1]]), "the tiny set's products differ by their colours"
