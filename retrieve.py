@@ -2,7 +2,7 @@
 
 Reads  input/{train.csv,sample_submission.csv[,solution.csv]}, output/folds.csv, the .npy of finished runs; output/added.npz (by
        scripts/add_products.py) and, to reject, output/left_out.json (by scripts/leave_out.py)
-Writes output/{neighbours.npz,submission.csv,scores.json,oof.csv}; to reject, output/strangers.npz
+Writes output/{neighbours.npz,submission.csv,scores.json,oof.csv}; with --top, output/top.csv; to reject, output/strangers.npz
 
     python retrieve.py                                              # all finished runs, label of the nearest image
     python retrieve.py --runs nfnet_l0/fold0 nfnet_l0/fold1 --vote sum --k 10
@@ -65,6 +65,7 @@ from search import Joined, topk
 from votes import DEFAULT_VOTES, EXPLAINED, VOTES, WITH_HEAD, blocks, check_vote_flags, head_scores, label, vote_flags
 
 ADDED, LEFT_OUT = "added.npz", "left_out.json"  # below output, by scripts/add_products.py and scripts/leave_out.py
+RANKED = 100  # nearest images whose classes --top ranks
 UNKNOWN = "unknown"  # the label of a photograph that --reject takes for none of the products
 
 
@@ -78,11 +79,15 @@ def parse_args():
         + ". The last three use that all test images are there at once; a label then depends on which others came with it")
     add("--oof", action=argparse.BooleanOptionalAction, default=True,
         help="also score each training image by the runs that did not train on it (default on)")
+    add("--top", type=int, default=0, metavar="N", help="also write top.csv, the N likeliest labels of each test image, for "
+        "contests scored by MAP@N (default 0: no)")
     reject_flag(parser)
     vote_flags(parser)
     args = parser.parse_args()
     check_vote_flags(parser, args)
     check_reject_flag(parser, args)
+    if args.top < 0:
+        parser.error("--top must be 0 or more")
     return args
 
 
@@ -254,6 +259,13 @@ def label_oof(runs, fold, labels, classes, args, wanted, device):
     return result
 
 
+def ranked(prediction, near, count):
+    """The likeliest labels of each test image, text [n, count]: its `prediction` [n], then those of the nearest images, whose
+    labels are `near` [n, RANKED]; '' where these have no more."""
+    return np.array([[*dict.fromkeys([own, *filter(None, others)]), *[""] * count][:count]
+                     for own, others in zip(prediction, near, strict=True)], object)
+
+
 def scratch(args):
     """Folder of this process for what a search leaves while it runs."""
     return Path(args.output) / "search" / f"process{place()[0]}"
@@ -405,6 +417,8 @@ def retrieve(args, device, train, test):
         said, similarity, index = label_test(grown, numbers, len(classes), args, wanted, device, store)
         rejects = rejecter(runs, grown, train, classes, numbers, args, device)
         strange = rejects(nearest_by_fold(grown, device)) if rejects else np.zeros(len(test), bool)
+        if args.top:
+            wide = topk(Joined([r["test"] for r in grown]), Joined([r["train"] for r in grown]), RANKED, device=device)[1]
         if not first:
             return scores
         good, test = test, whole  # an image in bad_images.csv gets the most frequent label
@@ -415,6 +429,12 @@ def retrieve(args, device, train, test):
         prediction = np.where(strange, UNKNOWN, np.array(classes, object)[said[vote]])
         (Path(args.output) / "confidence.csv").unlink(missing_ok=True)  # of the former submission; expect.py writes it anew
         save_csv(Path(args.output) / "submission.csv", test.assign(prediction=prediction))
+        (Path(args.output) / "top.csv").unlink(missing_ok=True)
+        if args.top:
+            near = with_bad(test, good, np.array(classes, object)[numbers[wide]], "")
+            columns = [f"label{place + 1}" for place in range(args.top)]
+            top = pd.DataFrame(ranked(prediction, near, args.top), test.index, columns)
+            save_csv(Path(args.output) / "top.csv", pd.concat([test[["filename"]], top], axis=1))
         scores["submission"] = file_fingerprint(Path(args.output) / "submission.csv")
         if truth is not None:
             true = number_of(truth, classes)

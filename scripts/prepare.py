@@ -49,8 +49,8 @@ def parse_args():
     add("--images", default=".", metavar="FOLDER", help="csv: folder of the training images in SRC (default SRC itself)")
     add("--test-images", default=".", metavar="FOLDER", help="csv: that of the images to label")
     add("--suffix", default="", help="csv: what the names in the CSVs lack, e.g. .jpg")
-    add("--hand-in", metavar="SUBMISSION", help="csv: only write hand_in.csv beside this submission.csv, in the form of "
-        "SRC/sample_submission.csv")
+    add("--hand-in", metavar="SUBMISSION", help="csv: only write hand_in.csv beside this submission.csv or top.csv, in the "
+        "form of SRC/sample_submission.csv")
     args = parser.parse_args()
     if not 0 <= args.test_share < 1:
         parser.error("--test-share must be 0 or more and less than 1")
@@ -130,14 +130,16 @@ def below(folder, names, suffix):
 
 
 def hand_in(source, file):
-    """The labels of a submission.csv in the form of SRC/sample_submission.csv, its second column filled."""
+    """The labels of a submission.csv, or of a top.csv, several in a row with spaces between, in the form of
+    SRC/sample_submission.csv, its second column filled."""
     table, sample = read_table(file), read_table(source / "sample_submission.csv")
     names = zip(sample.iloc[:, 0], column(table, "filename", file), strict=False)
     if len(sample.columns) < 2 or len(sample) != len(table) or any(theirs not in ours for theirs, ours in names):
         raise InputError(f"{file} does not fit {source}/sample_submission.csv: it wants the same images in the same order, and "
                          "a second column to fill in")
-    result = Path(file).with_name("hand_in.csv")
-    save_csv(result, sample.assign(**{sample.columns[1]: column(table, "prediction", file)}))
+    result, several = Path(file).with_name("hand_in.csv"), table.filter(regex=r"^label\d+$")
+    said = several.agg(" ".join, axis=1).str.rstrip() if len(several.columns) else column(table, "prediction", file)
+    save_csv(result, sample.assign(**{sample.columns[1]: said}))
     print(f"{result}: {len(table)} labels")
 
 

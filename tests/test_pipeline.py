@@ -21,6 +21,7 @@ import torch
 from conftest import ROOT, TINY, make_data, same, script, train
 
 from models import Model
+from search import Joined
 from train import EVENTS, event_bytes, make_backward, parse_args, write_log
 
 
@@ -439,6 +440,24 @@ def test_retrieve_writes_the_submission_in_its_order(data, output):
     neighbours = np.load(output / "neighbours.npz")
     assert neighbours["index"].shape == (12, 5) and neighbours["similarity"].dtype == np.float32
     assert (np.diff(neighbours["similarity"], axis=1) <= 0).all()
+
+
+def test_the_likeliest_labels_begin_with_the_submission_s(data, finished):
+    flags = ["--input", data, "--output", finished]
+    script("retrieve.py", *flags, "--top", 3, "--vote", "sum")
+    done, top = (pd.read_csv(finished / name, dtype=str) for name in ("submission.csv", "top.csv"))
+    assert top.columns.tolist() == ["filename", "label1", "label2", "label3"] and top["label1"].equals(done["prediction"])
+    labels, runs = pd.read_csv(data / "train.csv")["label"].to_numpy(), ["test_efficientnet/fold0", "test_nfnet/fold1"]
+    gallery, queries = (Joined([np.load(finished / run / f"{split}.npy") for run in runs])[:].numpy()
+                        for split in ("train", "test"))
+    for own, second, near in zip(top["label1"], top["label2"], labels[(-queries @ gallery.T).argsort(1)], strict=True):
+        assert second == near[near != own][0]
+    script("retrieve.py", *flags, "--top", 5, "--reject", 0.05)
+    top = pd.read_csv(finished / "top.csv", dtype=str)
+    strange = top["label1"] == "unknown"
+    assert strange.any() and top["label5"].notna().equals(strange), "four products, and the unknown before them"
+    script("retrieve.py", *flags)
+    assert not (finished / "top.csv").exists(), "it was of the former submission"
 
 
 def test_out_of_fold_equals_doing_it_by_hand(data, output):

@@ -119,6 +119,9 @@ def test_the_csvs_of_a_contest_there_and_back(tmp_path):
     test.assign(prediction=["b", "a"]).to_csv(tmp_path / "submission.csv", index=False)
     script("scripts/prepare.py", "csv", source, "--hand-in", tmp_path / "submission.csv")
     assert (tmp_path / "hand_in.csv").read_text() == "Id,Category,note\n9,b,n\n8,a,m\n"
+    test.assign(label1=["b", "a"], label2=["a", ""]).to_csv(tmp_path / "top.csv", index=False)
+    script("scripts/prepare.py", "csv", source, "--hand-in", tmp_path / "top.csv")
+    assert (tmp_path / "hand_in.csv").read_text() == "Id,Category,note\n9,b a,n\n8,a,m\n"
     test[::-1].assign(prediction=["b", "a"]).to_csv(tmp_path / "submission.csv", index=False)
     assert "same order" in script("scripts/prepare.py", "csv", source, "--hand-in", tmp_path / "submission.csv", code=2).stderr
     assert "no column 'label'" in script("scripts/prepare.py", "csv", source, "--columns", "id", "label", code=2).stderr
