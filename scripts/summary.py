@@ -1,7 +1,7 @@
 """The closing table: accuracy by head, nearest neighbour, vote and fusion, for one run, each backbone and all runs
-together, out-of-fold and on the test images; and where the time went.
+together, out-of-fold and on the test images; which labels are confused most often; and where the time went.
 
-Reads  what retrieve.py reads, and output/times.csv (seconds of each stage, by run_all.sh)
+Reads  what retrieve.py reads, output/{scores.json,oof.csv} and output/times.csv (seconds of each stage, by run_all.sh)
 Writes output/summary.md
 
     python scripts/summary.py
@@ -16,12 +16,13 @@ import numpy as np
 import pandas as pd
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from utils import InputError, duration, load_json, lock, pick_device, run, save_text, script_parser
+from utils import InputError, duration, load_json, lock, pick_device, printable, run, save_text, script_parser
 
-from dataset import encode, load_folds, load_test, load_train, number_of, read_solution, read_test, with_bad
+from dataset import encode, load_folds, load_test, load_train, number_of, read_csv, read_solution, read_test, with_bad
 from retrieve import fitting, grow, label_oof, label_test, load_runs, score, scratch
 from votes import DEFAULT_VOTES, VOTES, check_vote_flags, vote_flags
 
+CONFUSED = 10  # pairs of labels that are shown
 NAMES = {"head": "classifier head", "nearest": "nearest neighbour"}
 
 
@@ -94,6 +95,14 @@ def summarise(args, device):
                if scores.get(key) and scores["vote"] in scores[key]]
         report += "\n\n" + ", ".join([f"the submission's labels are those of the vote {scores['vote']}", *got])
     report += "\n\nout-of-fold: each training image by those of the runs that did not train on it (one of each backbone)"
+
+    held = Path(args.output) / "oof.csv"
+    if held.exists():
+        said = read_csv(held, ["path", "label"])
+        wrong = said[(said["prediction"] != "") & (said["prediction"] != said["label"])]
+        pairs = wrong.groupby(["label", "prediction"]).size().sort_values(ascending=False, kind="stable").head(CONFUSED)
+        lines = [[*(printable(label).replace("|", "\\|") for label in pair), str(count)] for pair, count in pairs.items()]
+        report += "\n\n" + table(lines, ["confused most often, out-of-fold", "labelled", "images"]) if lines else ""
 
     times = Path(args.output) / "times.csv"
     if times.exists():

@@ -488,6 +488,18 @@ def test_every_vote_labels_every_test_image(data, output):
     assert said.stdout.count("all ") == 2 and "| propagation |" in said.stdout
 
 
+def test_the_summary_names_the_labels_that_are_confused_most_often(data, finished):
+    flags = ["--input", data, "--output", finished, "--ensemble-only"]
+    table = pd.read_csv(data / "train.csv").assign(fold=0)
+    table["prediction"] = table["label"].replace({"tube": "bottle"})
+    table.loc[table.index[table["label"] == "bottle"][:2], "prediction"] = ["a | b", ""]  # the last: no run held it out
+    table.to_csv(finished / "oof.csv", index=False)
+    said = script("scripts/summary.py", *flags).stdout
+    assert "| tube | bottle | 6 |\n| bottle | a \\| b | 1 |\n" in said + "\n" and "images |\n|---|" in said
+    (finished / "oof.csv").unlink()
+    assert "confused" not in script("scripts/summary.py", *flags).stdout
+
+
 def test_folds_that_see_a_shift_choose_the_vote(data, finished):
     from retrieve import VOTES
 
