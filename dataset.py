@@ -6,6 +6,7 @@
 """
 
 import argparse
+import contextlib
 import copy
 import csv
 import functools
@@ -214,7 +215,7 @@ def number_of(labels, classes):
 def make_folds(labels, groups=None, folds=5, seed=9999):
     """Fold number of each row [N] int64, stratified by label; with `groups`, whole groups go to one fold.
     A group whose classes are all seen in no other group (without groups: the single image of a class) gets -1: it stays
-    in every fold's training part. A class seen in one group only that shares it with others is held out with it: no
+    in every fold's training part. A class that is in one group only, beside others, is held out with that group: no
     run can know it then, and its images count as errors."""
     from sklearn.model_selection import StratifiedGroupKFold, StratifiedKFold  # takes seconds, and folds are drawn once
 
@@ -370,10 +371,11 @@ def load_image(path, size, how):
 
 @functools.lru_cache(maxsize=8)  # once a process: loader workers that are not forked open it themselves
 def open_cache(path, inode, rows, size):
-    """Memory map of a cache's file; None where another file has taken its place."""
-    with open(path, "rb") as file:
-        same = os.fstat(file.fileno()).st_ino == inode
-        return np.memmap(file, np.uint8, "r", shape=(rows, record_bytes(size))) if same else None
+    """Memory map of a cache's file; None where it is gone, or another file has taken its place."""
+    with contextlib.suppress(FileNotFoundError), open(path, "rb") as file:
+        if os.fstat(file.fileno()).st_ino == inode:
+            return np.memmap(file, np.uint8, "r", shape=(rows, record_bytes(size)))
+    return None
 
 
 def record_bytes(size):
@@ -644,7 +646,7 @@ def augmentation(args):
     return v2.Compose(steps)
 
 
-def mix(batch, labels, mixup, cutmix):
+def mix_batch(batch, labels, mixup, cutmix):
     """Mix a batch [B, 3, H, W] with itself in another order. Returns (batch, the labels of the other order, share of an
     image's own label). Sources: mixup, Zhang et al., ICLR 2018; CutMix, Yun et al., ICCV 2019."""
     order, share = torch.randperm(len(batch)).to(batch.device), np.random.beta(mixup or cutmix, mixup or cutmix)
@@ -672,12 +674,13 @@ class Images(Dataset):
         self.resized_to(size)
 
     def resized_to(self, size):
-        self.size, self.rows = size, np.full(len(self.names), -1)
+        self.size, self.cache_rows = size, np.full(len(self.names), -1)
         if self.cache:
-            self.rows = self.cache.rows(self.folder, self.names, size, self.how)
-            if rows := int(self.rows.max(initial=-1)) + 1:
+            self.cache_rows = self.cache.rows(self.folder, self.names, size, self.how)
+            if rows := int(self.cache_rows.max(initial=-1)) + 1:
                 path = self.cache.path(size, self.how)
                 self.stored = path, path.stat().st_ino, rows, size
+                open_cache(*self.stored)  # now: a file that is gone leaves its inode to the next
 
     def __len__(self):
         return len(self.names)
@@ -691,7 +694,7 @@ class Images(Dataset):
     def part(self, rows):
         """Those of a slice of rows."""
         other = copy.copy(self)
-        other.names, other.labels, other.rows = self.names[rows], self.labels[rows], self.rows[rows]
+        other.names, other.labels, other.cache_rows = self.names[rows], self.labels[rows], self.cache_rows[rows]
         return other
 
     def cached(self, row):
@@ -699,13 +702,13 @@ class Images(Dataset):
         stored = open_cache(*self.stored)
         if stored is None:
             return None
-        record = np.array(stored[self.rows[row]])
+        record = np.array(stored[self.cache_rows[row]])
         whole = zlib.crc32(record[:-4]) == int.from_bytes(record[-4:].tobytes(), "little")
         return record[:-4].reshape(self.size, self.size, 3) if whole else None
 
     def decoded(self, row):
         """uint8 [size, size, 3], from the cache or else from the file."""
-        image = self.cached(row) if self.rows[row] >= 0 else None
+        image = self.cached(row) if self.cache_rows[row] >= 0 else None
         return load_image(self.folder / self.names[row], self.size, self.how) if image is None else image
 
     def __getitem__(self, item):
@@ -721,8 +724,8 @@ class Images(Dataset):
 
 class EpochSampler(Sampler):
     """Batches of items (epoch, row), all rows once in an order that is a function of (seed, epoch), a last short batch dropped.
-    Under torchrun, of each of the `parts` that a batch is computed in, this process's share: .sizes. Set .epoch before each
-    pass."""
+    A batch is computed in `parts` (--grad-accum); .sizes: how many images of each are this process's (torchrun). Set .epoch
+    before each pass."""
 
     def __init__(self, rows, seed, batch_size, parts=1):
         self.rows, self.seed, self.epoch, self.batch_size = rows, seed, 0, min(batch_size, rows)

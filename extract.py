@@ -61,7 +61,7 @@ from dataset import (
     test_fingerprint,
     train_fingerprint,
 )
-from models import EMBEDDING, Model, Softmax, build, fold_batch_norm, load_weights
+from models import EMBEDDING, Model, Softmax, build, fuse_batch_norm, load_weights
 
 SAVE = 10.0  # seconds between two savings of a pass
 NO_MEMORY = ("OutOfMemoryError", "unable to find an engine", "ALLOC_FAILED")  # as PyTorch, cuDNN and cuBLAS say it
@@ -125,9 +125,14 @@ def finished_runs(output, arch=None, fold=None):
     return runs
 
 
-def embed(model, images, *how, **more):
+# embed_pass: several models, one size. embed_jointly: all sizes, averaged. embed: one model, checked. embed_alike: extracted
+# runs by their extract.json, those that are alike in one pass. embed_files: the same, of image files.
+
+
+def embed(model, images, device, precision="fp32", batch_size=64, workers=0, what="embedding", sizes=None, width=EMBEDDING):
     """embed_jointly by one model, checked: float32 [N, width]."""
-    return check_embeddings(next(embed_jointly([model], images, *how, **more)), images)
+    joint = embed_jointly([model], images, device, precision, batch_size, workers, what, sizes, width=width)
+    return check_embeddings(next(joint), images)
 
 
 def embed_jointly(models, images, device, precision="fp32", batch_size=64, workers=0, what="embedding", sizes=None,
@@ -233,7 +238,7 @@ def embed_alike(runs, output, make, device, workers, batch_size=0):
         alike.setdefault(json.dumps(alike_by(r["stamp"])), []).append(r)
     for some in alike.values():
         sizes, resize, precision = alike_by(some[0]["stamp"])
-        models = [fold_batch_norm(load_model(Path(output) / r["name"], r["stamp"], device), sizes[0]) for r in some]
+        models = [fuse_batch_norm(load_model(Path(output) / r["name"], r["stamp"], device), sizes[0]) for r in some]
         images, what = make(sizes[0], resize), some[0]["name"] if len(some) == 1 else f"{len(some)} runs in one pass"
         joint = embed_jointly(models, images, device, pick_precision(precision, device), batch_size or pick_batch_size(device),
                               workers, what, sizes)
@@ -277,7 +282,8 @@ def import_weights(args, folder, train):
              "resize": "squash", "precision": args.precision or "auto", "head": "arcface", "scale": 45.0, "margin": 0.4,
              "epochs": 0}
     if (folder / "args.json").exists():
-        if load_json(folder / "args.json") != stamp:
+        recorded = load_json(folder / "args.json")
+        if recorded != stamp | ({"sha256": recorded.get("sha256")} if sha256 is None else {}):  # the file may be gone by now
             raise InputError(f"{folder} holds another run; choose another --fold or --output for {args.weights}")
         if (folder / "best.pt").exists():
             return
@@ -340,6 +346,7 @@ def load_job(folder, args, about, classes, names, device):
     if args.gem_p:
         model.pool.p.data.fill_(args.gem_p)
     head = "softmax" if isinstance(model.head, Softmax) else "arcface" if checkpoint["head_fits"] else None
+    # Recorded, but not compared by up_to_date: a key above makes all embeddings stale, one here does not.
     stamp |= {"resize": recorded["resize"], "classes": len(classes), "head": head,
               "centres": getattr(model.head, "centres", 1), "held_out": checkpoint.get("held_out")}
     return {"folder": folder, "model": model, "stamp": stamp, "imported": recorded["epochs"] == 0}
@@ -368,7 +375,7 @@ def extract(folders, args, train, test, device, first, cache):
                     failed.append(error.with_traceback(None))
                     continue
                 if job:
-                    begun = on_first((folder / ".extract").exists)  # these would wait for those that have all before them
+                    begun = on_first((folder / ".extract").exists)  # a pass starts where its last run stands
                     passes.setdefault(json.dumps([alike_by(job["stamp"]), begun]), []).append(job)
                     locks.push(held.pop_all())
         for kind in list(passes):
@@ -397,7 +404,7 @@ def extract_jointly(jobs, args, rows, labels, names, device, first, cache):
         if split == "test" and args.adapt_bn:
             for job in jobs:
                 adapt_bn(job["model"], images, device, precision, min(batch_size, 64), args.workers)
-        models = [fold_batch_norm(job["model"], sizes[0]) for job in jobs]
+        models = [fuse_batch_norm(job["model"], sizes[0]) for job in jobs]
 
         def stores(size, jobs=jobs, split=split):
             return [Store(job["folder"] / ".extract" / f"{split}{place()[0]}" / str(size), job["key"]) for job in jobs]

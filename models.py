@@ -130,13 +130,23 @@ class Model(nn.Module):
                              "h, w]; take another --arch")
         return self.pool(x).float()
 
+    @torch.no_grad()
+    def try_sizes(self, sizes):
+        """InputError for a side in pixels that the backbone cannot take: known before a training, not after its first epoch."""
+        training, device = self.training, self.mean.device
+        self.eval()
+        for size in sizes:
+            self.features(torch.zeros(1, 3, size, size, dtype=torch.uint8, device=device))
+        self.train(training)
+
     def forward(self, images):
         return self.neck(self.features(images)).float()
 
 
 def timm_name(arch):
-    """The name of a backbone. An --arch may be that and @ and a word of the user's: another recipe of the same backbone."""
-    return arch.partition("@")[0]
+    """The name of a backbone. An --arch may be that and @ and a word of the user's: another recipe of the same backbone. (In
+    hf-hub:org/net@revision the @ is timm's.)"""
+    return arch if ":" in arch else arch.partition("@")[0]
 
 
 def make_backbone(arch, pretrained=False):
@@ -178,6 +188,8 @@ def freeze(backbone, groups):
                          f"give 0 .. {len(names) - 1}")
     for name in (name for group in range(groups) for name in names[group]):
         backbone.get_submodule(name).eval().requires_grad_(False)
+    for parameter in backbone.parameters(recurse=False):  # a vision transformer's class token and positions belong to its stem
+        parameter.requires_grad_(False)
 
 
 class DepthwiseConv(torch.autograd.Function):
@@ -271,11 +283,11 @@ def join_batch_norm(model, device):
 
 
 @torch.no_grad()
-def fold_batch_norm(model, size):
+def fuse_batch_norm(model, size):
     """A copy of a Model to embed with, whose convolutions carry the batch norms that take their outputs: the same embeddings
     to rounding, sooner, since a batch norm is a pass over memory. Which takes whose is seen in a forward pass of an image of
-    side `size`. `model` itself, in eval mode, where there is none, or the copy embeds otherwise (a convolution's output that
-    goes elsewhere, too)."""
+    side `size`. `model` itself where nothing can be fused, or where that changes the embeddings (a convolution whose output
+    goes elsewhere, too). Either way `model` is left in eval mode."""
     device, folded = model.mean.device, copy.deepcopy(model.eval())
     images = torch.randint(256, (1, 3, size, size), dtype=torch.uint8, generator=torch.Generator().manual_seed(0)).to(device)
     outputs, pairs, hooks = [], [], []

@@ -62,10 +62,20 @@ from dataset import (
 from extract import finished_runs
 from models import EMBEDDING
 from search import Joined, topk
-from votes import DEFAULT_VOTES, EXPLAINED, VOTES, WITH_HEAD, blocks, check_vote_flags, head_scores, label, vote_flags
+from votes import (
+    DEFAULT_VOTES,
+    EXPLAINED,
+    TRANSDUCTIVE,
+    VOTES,
+    WITH_HEAD,
+    blocks,
+    check_vote_flags,
+    head_scores,
+    label,
+    vote_flags,
+)
 
 ADDED, LEFT_OUT = "added.npz", "left_out.json"  # below output, by scripts/add_products.py and scripts/leave_out.py
-RANKED = 100  # nearest images whose classes --top ranks
 UNKNOWN = "unknown"  # the label of a photograph that --reject takes for none of the products
 
 
@@ -76,7 +86,8 @@ def parse_args():
     add("--vote", choices=["auto", *VOTES], default="auto", metavar="VOTE", help="which labels the submission gets (default "
         "auto: where folds were drawn by look or group, the vote that is right most often out-of-fold; else nearest, since "
         "folds at random do not see the shift). " + "; ".join(f"{name}: {what}" for name, what in EXPLAINED.items())
-        + ". The last three use that all test images are there at once; a label then depends on which others came with it")
+        + f". {', '.join(TRANSDUCTIVE)} use that all test images are there at once; a label then depends on which others came "
+        "with it")
     add("--oof", action=argparse.BooleanOptionalAction, default=True,
         help="also score each training image by the runs that did not train on it (default on)")
     add("--top", type=int, default=0, metavar="N", help="also write top.csv, the N likeliest labels of each test image, for "
@@ -108,7 +119,8 @@ def check_reject_flag(parser, args):
 def load_runs(output, names, train, test):
     """The runs' embeddings and heads, refused where they are of other rows or of another checkpoint, or not as written.
 
-    A run is a dict. name: ARCH/foldK; arch; fold: number of the fold it held out, as text, or None; stamp: its extract.json;
+    A run is a dict. name: ARCH/foldK; arch; fold: number of the fold it held out, as text (as in the keys of `strangers` and
+    nearest_by_fold; by_fold has it as a number), or None; stamp: its extract.json;
     train, test: embeddings [N, 512], [n, 512] or None; head: class centres [C x centres, 512], of the kind 'arcface', 'softmax'
     or None where it does not fit the classes."""
     folders = finished_runs(output) if not names else [Path(output) / name for name in names]
@@ -160,23 +172,31 @@ def load_added(output):
     return load_npz(file, "delete it and add the products again")
 
 
-def embedded_by(run):
+def gallery_key(run):
     """What the embeddings of a run's gallery depend on, as text."""
     return json.dumps([run["stamp"][key] for key in ("checkpoint", "sizes", "gem_p")])
 
 
-def stamps_of(runs):
-    """SHA-256 of all that the embeddings of the runs, as `grow` returns them, come from."""
+def runs_digest(runs):
+    """SHA-256 of the extract.json of each run: of all that its embeddings come from. Grown runs, whose stamp names added.npz,
+    have another."""
     return fingerprint([[json.dumps(r["stamp"], sort_keys=True) for r in runs]])
 
 
-def check_submission(output, scores, grown):
+def check_submission(output, scores, runs):
     """Refuse a submission.csv that is not what retrieve.py wrote with these scores, of scores.json, or not by the runs and the
     gallery that there are now."""
+    grown = [r | {"stamp": grown_stamp(r, output)} for r in runs]
     if scores.get("submission") != file_fingerprint(Path(output) / "submission.csv"):
         raise InputError(f"{output}/submission.csv is not what retrieve.py wrote with scores.json; run retrieve.py again")
-    if scores.get("stamps") != stamps_of(grown):
+    if scores.get("stamps") != runs_digest(grown):
         raise InputError(f"{output}/submission.csv is of other runs or embeddings than there are now; run retrieve.py again")
+
+
+def grown_stamp(run, output):
+    """The extract.json of a run, and what was added to its gallery or removed."""
+    added, file = load_added(output), Path(output) / ADDED
+    return run["stamp"] | ({"added": file_fingerprint(file)} if len(added["path"]) or len(added["removed"]) else {})
 
 
 def grow(runs, output, train):
@@ -194,21 +214,22 @@ def grow(runs, output, train):
     new = pd.DataFrame({"path": added["path"], "label": added["label"]}, number, dtype=object)
     gallery = pd.concat([train.loc[kept, ["path", "label"]], new])
     embeddings = {name: rows for name, *rows in zip(added["runs"], added["stamps"], added["embeddings"], strict=True)}
-    fits, stamp, grown = encode(gallery["label"])[0] == encode(train["label"])[0], file_fingerprint(file), []
+    fits, grown = encode(gallery["label"])[0] == encode(train["label"])[0], []
     for r in runs:
         by, more = embeddings.get(r["name"], (None, r["train"][:0]))
-        if len(new) and by != embedded_by(r):
+        if len(new) and by != gallery_key(r):
             raise InputError(f"{file} does not come from {r['name']} as it is now; run scripts/add_products.py, it embeds the "
                              "added images again")
         grown.append(r | {"train": stacked(r["train"], kept, more, output), "kind": r["kind"] if fits else None,
-                          "stamp": r["stamp"] | {"added": stamp}})
+                          "stamp": grown_stamp(r, output)})
     return grown, gallery
 
 
 def stacked(array, rows, more, folder):
     """The given rows of an array [N, D], then all of `more` [n, D], in a file without a name: it takes disk, not memory, and is
     gone with the process."""
-    with tempfile.TemporaryFile(dir=folder if os.access(folder, os.W_OK) else None) as file:
+    folder = folder if os.access(folder, os.W_OK) else tempfile.gettempdir()
+    with tempfile.TemporaryFile(dir=folder) as file:
         reserve(file, 4 * (len(rows) + len(more)) * array.shape[1], folder)
         result = np.memmap(file, np.float32, "w+", shape=(len(rows) + len(more), array.shape[1]))
     for part in blocks(len(rows)):
@@ -259,11 +280,18 @@ def label_oof(runs, fold, labels, classes, args, wanted, device):
     return result
 
 
-def ranked(prediction, near, count):
-    """The likeliest labels of each test image, text [n, count]: its `prediction` [n], then those of the nearest images, whose
-    labels are `near` [n, RANKED]; '' where these have no more."""
-    return np.array([[*dict.fromkeys([own, *filter(None, others)]), *[""] * count][:count]
-                     for own, others in zip(prediction, near, strict=True)], object)
+def ranked(queries, gallery, numbers, count, args, device):
+    """Class numbers [n, count] of each query's nearest classes, by their nearest rows; numbers [m] are the gallery's. -1 where
+    it has no more. The search goes as deep as it must."""
+    result, todo, k = np.full((len(queries), count), -1), np.arange(len(queries)), 100
+    while len(todo):
+        rows = Joined(queries.arrays, todo)
+        index = topk(rows, gallery, k, None, device, args.screen, args.memory)[1]
+        for row, near in zip(todo, numbers[index], strict=True):
+            classes = list(dict.fromkeys(near))[:count]
+            result[row, :len(classes)] = classes
+        todo, k = todo[(result[todo] < 0).any(1)] if k < len(gallery) else [], k * 8
+    return result
 
 
 def scratch(args):
@@ -305,7 +333,7 @@ def strangers(runs, grown, fold, own, numbers, output, device):
 
     own [N], numbers [m]: class numbers of train.csv's rows and of the gallery's. Kept in output/strangers.npz, since
     scripts/classify.py is to be fast."""
-    file, key = Path(output) / "strangers.npz", stamps_of(grown)
+    file, key = Path(output) / "strangers.npz", runs_digest(grown)
     if file.exists():
         arrays = load_npz(file, "delete it, it is made anew")
         if arrays.pop("key", None) == key:
@@ -327,15 +355,16 @@ def nearest_by_fold(runs, device):
 
 
 def strangeness(near, found):
-    """How likely a photograph of a product that is not in the gallery is as similar to it as a photograph is, [n]: a p-value,
-    the share of the `strangers` found that are, those of each fold compared by its own runs. near: see nearest_by_fold.
+    """p-value [n] of "none of the products", high where a photograph is strange: the share of the `strangers` found that are at
+    least as similar to the gallery as it, those of each fold beside its similarity by that fold's runs. near: see
+    nearest_by_fold.
     Sources: the nearest similarity, Sun et al., Out-of-distribution detection with deep nearest neighbors, ICML 2022; the ranks
     over folds, Vovk, Cross-conformal predictors, Annals of Mathematics and Artificial Intelligence 2015."""
     count = 1 + sum(len(others) - np.searchsorted(others, near[k]) for k, others in found.items())
     return count / (1 + sum(map(len, found.values())))
 
 
-def embedding_of(stamp):
+def embedding_settings(stamp):
     """What of an extract.json changes the embeddings of a checkpoint."""
     return [stamp[key] for key in ("sizes", "gem_p", "adapt_bn", "resize")]
 
@@ -351,19 +380,19 @@ def left_out(output, train):
     for name, recipe in left["recipes"].items():
         args, stamp = (Path(output) / name / file for file in ("args.json", "extract.json"))
         same = same and args.exists() and stamp.exists() and load_json(args) == recipe
-        same = same and embedding_of(load_json(stamp)) == left["embedded"][name]
+        same = same and embedding_settings(load_json(stamp)) == left["embedded"][name]
     return np.array(left["strangeness"]) if same else None
 
 
 def ranks(strange, unseen):
-    """The p-values of strangeness [n] made true for products that no run trained on: their ranks among the `unseen` ones of
-    such products. As they are they are too low, for the runs trained on the products of the `strangers` and keep them apart."""
+    """The strangeness [n] of photographs made true for products that no run trained on: its rank among the strangeness `unseen`
+    of photographs of such products. As it is it is too low, for the runs trained on the `strangers`' products and keep them
+    apart."""
     return (1 + np.searchsorted(np.sort(unseen), strange, "right")) / (1 + len(unseen))
 
 
 def rejecter(runs, grown, train, classes, numbers, args, device):
-    """The function by which --reject takes photographs for none of the products: what nearest_by_fold says -> bool [n]; without
-    --reject None."""
+    """None without --reject; else a function of what nearest_by_fold says -> bool [n], True where a photograph is UNKNOWN."""
     if not args.reject:
         return None
     if UNKNOWN in classes:
@@ -382,69 +411,92 @@ def rejecter(runs, grown, train, classes, numbers, args, device):
 # ------------------------------------------------------------------------------------------------------------- the work
 
 
-def retrieve(args, device, train, test):
-    """Search, vote, write; returns the scores. Under torchrun only the first process writes."""
+def score_oof(args, runs, grown, train, labels, classes, vote, device):
+    """Score the votes out-of-fold and write oof.csv: (the vote, by --vote auto the best where folds see a shift; {vote:
+    accuracy})."""
+    fold, choose = load_folds(args.output, train), args.vote == "auto" and folds_by(args.output) != "random"
+    wanted = fitting(runs, VOTES if choose else [*DEFAULT_VOTES, vote])
+    said = label_oof(runs, fold, labels, len(classes), args, wanted, device)
+    scores = score(said, labels)
+    if choose and scores:
+        vote = max(["nearest", *fitting(grown, wanted)], key=scores.get)  # of equal ones the first
+    if place()[0] == 0:
+        names = np.array([*classes, ""], object)  # the last, -1: no run held the image out
+        save_csv(Path(args.output) / "oof.csv", train[["path", "label"]].assign(fold=fold, prediction=names[said[vote]]))
+    return vote, scores
+
+
+def search_test(args, runs, grown, train, classes, numbers, vote, device):
+    """What all processes do together for the test images: ({vote: class numbers}, similarity, index, which are strange, the
+    nearest classes for --top or None)."""
+    key = fingerprint([(args.k, runs_digest(grown))])
+    store = Store(Path(args.output) / "search", key) if place()[0] == 0 else None
+    wanted = list(dict.fromkeys([*fitting(grown, DEFAULT_VOTES), vote]))
+    said, similarity, index = label_test(grown, numbers, len(classes), args, wanted, device, store)
+    rejects, top = rejecter(runs, grown, train, classes, numbers, args, device), None
+    strange = rejects(nearest_by_fold(grown, device)) if rejects else np.zeros(len(index), bool)
+    if args.top:
+        gallery, queries = (Joined([r[split] for r in grown]) for split in ("train", "test"))
+        top = ranked(queries, gallery, numbers, args.top, args, device)
+    return said, similarity, index, strange, top
+
+
+def write_test(args, good, gallery, classes, numbers, vote, said, similarity, index, strange, top):
+    """Write what search_test found of the readable images `good`; an image in bad_images.csv gets the most frequent label.
+    Returns what scores.json says of it."""
+    output, test = Path(args.output), read_test(args.input, args.allow_outside)
+    said = {name: with_bad(test, good, own, np.bincount(numbers).argmax()) for name, own in said.items()}
+    strange, similarity = with_bad(test, good, strange, False), with_bad(test, good, similarity, 0)
+    save_npz(output / "neighbours.npz", similarity=similarity,
+             index=with_bad(test, good, gallery.index.to_numpy()[index], -1))
+    for name in ("confidence.csv", "top.csv"):  # of the former submission
+        (output / name).unlink(missing_ok=True)
+    names = np.array([*classes, ""], object)
+    prediction = np.where(strange, UNKNOWN, names[said[vote]])
+    save_csv(output / "submission.csv", test.assign(prediction=prediction))
+    if args.top:
+        top = [[*dict.fromkeys([own, *others])][:args.top]  # the submission's label comes first
+               for own, others in zip(prediction, names[with_bad(test, good, top, -1)], strict=True)]
+        top = pd.DataFrame(top, test.index).reindex(columns=range(args.top), fill_value="").fillna("")
+        top.columns = [f"label{column + 1}" for column in range(args.top)]
+        save_csv(output / "top.csv", pd.concat([test[["filename"]], top], axis=1))
+    scores, truth = {"submission": file_fingerprint(output / "submission.csv")}, read_solution(args.input, test["filename"])
+    true = None if truth is None else number_of(truth, classes)
+    if truth is not None:
+        scores["test"] = score(said, true)
+    if args.reject:
+        scores["reject"] = {"rate": args.reject, "kept": round(1 - strange.mean(), 4)}
+        if truth is not None:
+            right = said[vote] == true
+            scores["reject"] |= {"accuracy_kept": None if strange.all() else round(right[~strange].mean(), 4),
+                                 "false_accepts": None if (true >= 0).all() else round(1 - strange[true < 0].mean(), 4)}
+    return scores
+
+
+def retrieve(args, device, train, good):
+    """Search, vote, write; returns the scores. good: the readable test images, or None. Under torchrun only the first process
+    writes."""
     first = place()[0] == 0
-    runs = load_runs(args.output, args.runs, train, test)
+    runs = load_runs(args.output, args.runs, train, good)
     grown, gallery = grow(runs, args.output, train)
-    (trained, labels), (classes, numbers) = encode(train["label"]), encode(gallery["label"])
-    vote, by = "nearest" if args.vote == "auto" else args.vote, folds_by(args.output)
+    # Two views, the same where nothing was added or removed: runs, train, labels out-of-fold; grown, gallery, numbers for test.
+    (train_classes, labels), (classes, numbers) = encode(train["label"]), encode(gallery["label"])
+    vote = "nearest" if args.vote == "auto" else args.vote
     if not fitting(grown, [vote]):
         raise InputError(f"--vote {vote} needs runs whose head fits these classes; use --vote sum")
-    scores = {"runs": {r["name"]: r["stamp"]["checkpoint"] for r in runs}, "stamps": stamps_of(grown), "vote": vote,
+    if good is not None:
+        read_solution(args.input, read_test(args.input, args.allow_outside)["filename"])  # better refused before the search
+    scores = {"runs": {r["name"]: r["stamp"]["checkpoint"] for r in runs}, "stamps": runs_digest(grown), "vote": vote,
               "k": args.k, "power": args.power, "head_power": args.head_power, "test": None, "oof": None}
     if first:
         (Path(args.output) / "oof.csv").unlink(missing_ok=True)
-
-    if args.oof and by and by_fold(runs):
-        choose = args.vote == "auto" and by != "random"
-        wanted, fold = fitting(runs, VOTES if choose else [*DEFAULT_VOTES, vote]), load_folds(args.output, train)
-        said = label_oof(runs, fold, labels, len(trained), args, wanted, device)
-        scores["oof"] = score(said, labels)
-        if choose and scores["oof"]:
-            vote = scores["vote"] = max(["nearest", *fitting(grown, wanted)], key=scores["oof"].get)  # of equal ones the first
+    if args.oof and folds_by(args.output) and by_fold(runs):
+        vote, scores["oof"] = score_oof(args, runs, grown, train, labels, train_classes, vote, device)
+        scores["vote"] = vote
+    if good is not None:
+        found = search_test(args, runs, grown, train, classes, numbers, vote, device)
         if first:
-            names = np.array([*trained, ""], object)  # the last, -1: no run held the image out
-            table = train[["path", "label"]].assign(fold=fold, prediction=names[said[vote]])
-            save_csv(Path(args.output) / "oof.csv", table)
-    wanted = list(dict.fromkeys([*fitting(grown, DEFAULT_VOTES), vote]))
-    if test is not None:
-        whole = read_test(args.input, args.allow_outside)
-        truth = read_solution(args.input, whole["filename"])
-        begun = Path(args.output) / "search"
-        key = fingerprint([(args.k, stamps_of(grown))])
-        store = Store(begun, key) if first else None
-        said, similarity, index = label_test(grown, numbers, len(classes), args, wanted, device, store)
-        rejects = rejecter(runs, grown, train, classes, numbers, args, device)
-        strange = rejects(nearest_by_fold(grown, device)) if rejects else np.zeros(len(test), bool)
-        if args.top:
-            wide = topk(Joined([r["test"] for r in grown]), Joined([r["train"] for r in grown]), RANKED, device=device)[1]
-        if not first:
-            return scores
-        good, test = test, whole  # an image in bad_images.csv gets the most frequent label
-        said = {name: with_bad(test, good, own, np.bincount(numbers).argmax()) for name, own in said.items()}
-        strange, similarity = with_bad(test, good, strange, False), with_bad(test, good, similarity, 0)
-        index = with_bad(test, good, gallery.index.to_numpy()[index], -1)
-        save_npz(Path(args.output) / "neighbours.npz", similarity=similarity, index=index)
-        prediction = np.where(strange, UNKNOWN, np.array(classes, object)[said[vote]])
-        (Path(args.output) / "confidence.csv").unlink(missing_ok=True)  # of the former submission; expect.py writes it anew
-        save_csv(Path(args.output) / "submission.csv", test.assign(prediction=prediction))
-        (Path(args.output) / "top.csv").unlink(missing_ok=True)
-        if args.top:
-            near = with_bad(test, good, np.array(classes, object)[numbers[wide]], "")
-            columns = [f"label{place + 1}" for place in range(args.top)]
-            top = pd.DataFrame(ranked(prediction, near, args.top), test.index, columns)
-            save_csv(Path(args.output) / "top.csv", pd.concat([test[["filename"]], top], axis=1))
-        scores["submission"] = file_fingerprint(Path(args.output) / "submission.csv")
-        if truth is not None:
-            true = number_of(truth, classes)
-            scores["test"] = score(said, true)
-        if args.reject:
-            scores["reject"] = {"rate": args.reject, "kept": round(1 - strange.mean(), 4)}
-            if truth is not None:
-                right = said[vote] == true
-                scores["reject"] |= {"accuracy_kept": None if strange.all() else round(right[~strange].mean(), 4),
-                                     "false_accepts": None if (true >= 0).all() else round(1 - strange[true < 0].mean(), 4)}
+            scores |= write_test(args, good, gallery, classes, numbers, vote, *found)
     if first:
         save_json(Path(args.output) / "scores.json", scores)
         shutil.rmtree(Path(args.output) / "search", ignore_errors=True)

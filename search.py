@@ -239,8 +239,9 @@ def merge(similarity, index, k):
 
 
 def search_block(query, gallery, best, own, limit):
-    """The block's k best so far (similarity, index [q, k]) joined with those of this part of the gallery. `own` [q]: the
-    gallery row that is not to be matched, or -1. Also returns the queries with too many candidates, left as they were."""
+    """The block's k best so far (similarity, index [q, k]), changed in place, joined with those of this part of the gallery.
+    `own` [q]: the gallery row that is not to be matched, or -1. Also returns the queries with too many candidates, left as they
+    were."""
     mask = ((own >= gallery.begin) & (own < gallery.begin + gallery.size)).nonzero()[:, 0]
     mask = mask, own[mask] - gallery.begin
     k = best[0].shape[1]

@@ -62,16 +62,19 @@ from dataset import (
     input_flags,
     load_folds,
     make_loader,
-    mix,
+    mix_batch,
     read_pseudo,
     train_fingerprint,
 )
 from extract import embed, is_finished, my_share, pick_batch_size, run_folder
-from models import Model, QuickDepthwise, class_weights, fold_batch_norm, freeze, join_batch_norm, load_weights, loss_sum
+from models import Model, QuickDepthwise, class_weights, freeze, fuse_batch_norm, join_batch_norm, load_weights, loss_sum
 from search import topk
 
-# Free to change on a resume:
-MACHINE = {"input", "output", "allow_outside", "workers", "device", "deterministic", "check", "skip_bad_images", "restart",
+# Free to change on a resume, and not recorded in args.json. All other flags are, hence: a new one whose default is not None
+# stops runs that have begun (record_arguments); one that is moved in here makes extract.py refuse runs that it has not embedded
+# yet (load_job); none may be a store_true, since leave_out.py gives each again as --[no-]name; one that Model takes goes into
+# models.build and extract.import_weights, too.
+NOT_RECORDED = {"input", "output", "allow_outside", "workers", "device", "deterministic", "check", "skip_bad_images", "restart",
            "eval_batch_size", "eval_every", "folds_only", "tensorboard", "cache", "cache_size", "cuda_graph", "compile"}
 EVENTS = "events.out.tfevents.log"  # TensorBoard knows its files by the middle of the name
 HINT = ("the checkpoint of the last finished epoch is kept. Try a lower --lr, --clip norm:5 (NFNets: agc:0.01), or "
@@ -213,8 +216,9 @@ def clip_gradient(model, clip):
 
 
 def make_backward(model, scaler, weights, args, device, precision):
-    """The function backward(images, labels, total, others, share): adds to the gradients those of the loss of a part of a
-    batch, `total` being the whole batch's divisor, and returns that loss. On a GPU it is a Graphed where that can be."""
+    """The function backward(images, labels, total, others, share), which backpropagates the loss of one part of a batch, over
+    `total`, the class weights of the whole batch, and returns it. With mixup and cutmix the `labels` count `share`, the second
+    labels `others` the rest. A Graphed where a GPU can replay it."""
     smoothing = args.label_smoothing if args.head == "softmax" else 0.0
     quick = QuickDepthwise() if device.type == "cpu" and precision != "fp32" else nullcontext()
 
@@ -230,8 +234,8 @@ def make_backward(model, scaler, weights, args, device, precision):
 
     if args.compile:
         model.compile()  # of the training only: extract.embed calls forward itself
-    whole = place()[1] == args.grad_accum == 1 and not (args.head_first or args.mixup or args.cutmix)
-    return Graphed(backward, model) if device.type == "cuda" and args.cuda_graph and whole else backward
+    replayable = place()[1] == args.grad_accum == 1 and not (args.head_first or args.mixup or args.cutmix)
+    return Graphed(backward, model) if device.type == "cuda" and args.cuda_graph and replayable else backward
 
 
 class Graphed:
@@ -242,7 +246,7 @@ class Graphed:
     def __init__(self, backward, model, plain=3):
         self.backward, self.parameters, self.plain, self.graph = backward, list(model.parameters()), plain, None
 
-    def __call__(self, images, labels, total, *_):
+    def __call__(self, images, labels, total, *_):  # others and share are for mixup and cutmix only
         if self.plain:
             self.plain -= 1
             return self.backward(images, labels, total)
@@ -272,7 +276,7 @@ def train_epoch(model, ema, loader, optimiser, scaler, weights, epoch, args, dev
     frozen = epoch < 0
     model.backbone.train(not frozen).requires_grad_(not frozen)
     freeze(model.backbone, args.freeze)
-    clip, losses, batches, start = parse_clip(args.clip), [], loader.batch_sampler, time.time()
+    clip, losses, sampler, start = parse_clip(args.clip), [], loader.batch_sampler, time.time()
     bar = progress(loader, f"epoch {epoch + 1}/{args.epochs}")
     for step, (batch, labels) in enumerate(bar):
         at = epoch + (step + 1) / len(loader)
@@ -282,10 +286,10 @@ def train_epoch(model, ema, loader, optimiser, scaler, weights, epoch, args, dev
         batch, labels = batch.to(device, non_blocking=True), labels.to(device, non_blocking=True)
         others, share = labels, 1.0
         if args.mixup or args.cutmix:
-            batch, others, share = mix(batch, labels, args.mixup, args.cutmix)
+            batch, others, share = mix_batch(batch, labels, args.mixup, args.cutmix)
         total, loss = share * weights[labels].sum() + (1 - share) * weights[others].sum(), 0.0
         sum_up([total])
-        for part, truth, other in zip(*(t.split(batches.sizes) for t in (batch, labels, others)), strict=True):
+        for part, truth, other in zip(*(t.split(sampler.sizes) for t in (batch, labels, others)), strict=True):
             loss = loss + backward(part, truth, total, other, share)
         sum_up([loss, *(p.grad for p in model.parameters() if p.grad is not None)])
         scaler.unscale_(optimiser)
@@ -301,12 +305,12 @@ def train_epoch(model, ema, loader, optimiser, scaler, weights, epoch, args, dev
             if not math.isfinite(recent):
                 raise InputError(f"the training loss became {recent} in epoch {epoch + 1}; {HINT}")
             bar.set_postfix(loss=f"{recent:.3f}")
-    return torch.stack(losses).mean().item(), len(batches) * batches.batch_size / (time.time() - start)
+    return torch.stack(losses).mean().item(), len(sampler) * sampler.batch_size / (time.time() - start)
 
 
 def validate(model, train_part, held_out, weights, args, device, precision):
     """Extraction and retrieval on the held-out fold: {val_loss, head_acc, gap, retrieval_acc}."""
-    model = fold_batch_norm(model, args.test_size[0])
+    model = fuse_batch_norm(model, args.test_size[0])
     size = args.eval_batch_size or pick_batch_size(device)
     how = device, precision, size, args.workers
     reference, query = (gather(embed(model, my_share(images, size), *how, what, args.test_size))
@@ -334,13 +338,13 @@ def record_arguments(folder, args, device):
     kinds = {"precision": str, "embed_precision": str}
     begun = (folder / "last.pt").exists() or (folder / "best.pt").exists()  # before the first epoch nothing is at stake
     recorded = load_json(folder / "args.json", **kinds) if begun and (folder / "args.json").exists() else None
-    given = args.precision
+    given = args.precision  # as on the command line: the loop below overwrites it
     if recorded:
-        recorded = {name: value for name, value in recorded.items() if name not in MACHINE}
+        recorded = {name: value for name, value in recorded.items() if name not in NOT_RECORDED}
     for name, training in (("precision", True), ("embed_precision", False)):
         if getattr(args, name) == "auto":
             setattr(args, name, recorded[name] if recorded else pick_precision(given, device, training))
-    effective = {name: value for name, value in vars(args).items() if name not in MACHINE}
+    effective = {name: value for name, value in vars(args).items() if name not in NOT_RECORDED}
     effective = json.loads(json.dumps(effective))  # no two values one object: a checkpoint's pickle would tell, after a resume
     if recorded:
         if recorded.get("pseudo") and args.pseudo:  # another path; load_last compares what it says
@@ -355,7 +359,7 @@ def record_arguments(folder, args, device):
 
 def load_last(folder, stamps):
     """What last.pt holds, or a fresh start. `stamps`: fingerprints {train, held_out} of the images, which must be those of
-    the begin."""
+    the begin. Deletes a log.csv, or a last.pt, whose best.pt is gone."""
     fresh = {"epoch": 0, "best": -1.0, "history": [], **stamps}
     if not (folder / "last.pt").exists():
         if not (folder / "best.pt").exists():  # a whole log would call the first epoch's best.pt a finished run's
@@ -413,12 +417,12 @@ def report(row, history, epochs, device):
           f"left {duration(left)}", flush=True)
 
 
-def looks(args, train, device):
+def look_features(args, train, device):
     """Features of the training images by the untrained backbone [N, num_features], for folds by look."""
     seed_everything(args.seed)
-    model = Model(args.arch, 2)
+    model = Model(args.arch, classes=2)  # its head is not used
     load_weights(model, args.arch, args.weights)
-    model.forward = model.features
+    model.forward = model.features  # what embed_pass calls
     images = Images(args.input, train["path"], np.zeros(len(train), np.int64), args.size, args.resize)
     return embed(model.to(device, memory_format=torch.channels_last), images, device, pick_precision(args.precision, device),
                  args.eval_batch_size or pick_batch_size(device), args.workers, "looks", width=model.neck[0].in_features)
@@ -435,9 +439,44 @@ def choose_images(args, train, fold, classes, labels):
         extra = extra[~extra["filename"].isin(bad_images(args.output, "test"))]
         names = [str(PurePosixPath("test", name)) for name in extra["filename"]]
         paths, truth = np.append(paths, names), np.append(labels, extra["number"])
+    # Of class numbers, and with pseudo labels: not to be compared with extract.json's.
     stamps = {"train": train_fingerprint(pd.DataFrame({"path": paths, "label": truth})),
               "held_out": train_fingerprint(train.iloc[outside])}
     return paths, truth, np.append(inside, np.arange(len(train), len(paths))), inside, outside, stamps
+
+
+def start_or_resume(folder, args, classes, stamps, device, precision):
+    """(Model, moving average or None, optimiser, scaler, (epochs done, best accuracy, history), a line that says whence): from
+    last.pt, or anew."""
+    state = load_last(folder, stamps)
+    done = state["epoch"]
+    seed_everything(args.seed)
+    model = Model(args.arch, classes, args.head, args.scale, args.margin, args.sub_centres)
+    model.pool.p.data.fill_(args.gem_p)
+    said = f"resuming after epoch {done - args.head_first}" if done else load_weights(model, args.arch, args.weights)[0]
+    model.to(device, memory_format=torch.channels_last)
+    model.try_sizes([args.size, *args.test_size])
+    if place()[1] > 1:
+        join_batch_norm(model, device)
+    optimiser = make_optimiser(model, args)
+    scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")
+    ema = None
+    if args.ema:
+        from timm.utils import ModelEmaV3
+
+        ema = ModelEmaV3(model, args.ema, use_warmup=True)
+    if done:
+        try:
+            model.load_state_dict(state["model"])
+            optimiser.load_state_dict(state["optimiser"])
+            if ema:
+                ema.module.load_state_dict(state["ema"])
+            if state["scaler"]:
+                scaler.load_state_dict(state["scaler"])
+        except (KeyError, TypeError, ValueError, RuntimeError, AttributeError) as error:
+            reason = str(error).partition("\n")[0]
+            raise InputError(f"{folder}/last.pt is not of this run ({reason}); --restart begins it anew") from None
+    return model, ema, optimiser, scaler, (done, state["best"], state["history"]), said
 
 
 def fit(folder, args, recorded, train, fold, device):
@@ -458,40 +497,14 @@ def fit(folder, args, recorded, train, fold, device):
     weights = class_weights(truth[seen], len(classes)) if args.class_weights else torch.ones(len(classes))
     weights = weights.to(device)
 
-    state = load_last(folder, stamps)
-    done, best, history = state["epoch"], state["best"], state["history"]
-    seed_everything(args.seed)
-    model = Model(args.arch, len(classes), args.head, args.scale, args.margin, args.sub_centres)
-    model.pool.p.data.fill_(args.gem_p)
-    said = f"resuming after epoch {done - args.head_first}" if done else load_weights(model, args.arch, args.weights)[0]
-    model.to(device, memory_format=torch.channels_last)
-    rank, ranks = place()
-    if ranks > 1:
-        join_batch_norm(model, device)
-    optimiser = make_optimiser(model, args)
-    scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")
-    ema = None
-    if args.ema:
-        from timm.utils import ModelEmaV3
-
-        ema = ModelEmaV3(model, args.ema, use_warmup=True)
-    kept = ema.module if ema else model  # what is validated and kept
-    if done:
-        try:
-            model.load_state_dict(state["model"])
-            optimiser.load_state_dict(state["optimiser"])
-            if ema:
-                ema.module.load_state_dict(state["ema"])
-            if state["scaler"]:
-                scaler.load_state_dict(state["scaler"])
-        except (KeyError, TypeError, ValueError, RuntimeError, AttributeError) as error:
-            reason = str(error).partition("\n")[0]
-            raise InputError(f"{folder}/last.pt is not of this run ({reason}); --restart begins it anew") from None
-    del state  # the second copy of the weights
+    model, ema, optimiser, scaler, (done, best, history), said = start_or_resume(folder, args, len(classes), stamps, device,
+                                                                                 precision)
+    kept, rank = ema.module if ema else model, place()[0]  # what is validated and kept
     backward = make_backward(model, scaler, weights, args, device, precision)
     print(f"{args.arch} fold {args.fold}: {len(seen)} images, {len(outside)} held out, {len(classes)} classes; "
           f"{device.type} {precision}, {args.size} px; {said}", flush=True)
 
+    # last.pt and the seeds count epochs from 0, those of --head-first included; log.csv has 1 - head_first .. epochs.
     for epoch in range(done - args.head_first, args.epochs):
         start = time.time()
         # All randomness is a function of seed and epoch: no state to save. Dropout differs between processes.
@@ -507,7 +520,7 @@ def fit(folder, args, recorded, train, fold, device):
         history.append(row)
         if not all(tensor.isfinite().all() for tensor in kept.state_dict().values()):
             raise InputError(f"the weights became infinite in epoch {epoch + 1}; {HINT}")
-        accurate = row["retrieval_acc"] if len(outside) else float(last)
+        accurate = row["retrieval_acc"] if len(outside) else float(last)  # fold all: the last epoch's weights are kept
         better = accurate is not None and accurate >= best
         best = accurate if better else best
         if rank:
@@ -535,13 +548,13 @@ def main():
     with processes(device):
         train, _ = on_first(check_inputs, args, args.check)  # test images: better known now than after ten runs
         fold = on_first(load_folds, args.output, train, args.n_folds, args.seed, args.fold_by,
-                        lambda: looks(args, train, device))
+                        lambda: look_features(args, train, device))
         if args.folds_only:
             return
         folder = run_folder(args.output, args.arch, args.fold)
         with lock(folder):
-            recorded = on_first(record_arguments, folder, args, device)
-            if on_first(is_finished, folder):
+            recorded = on_first(record_arguments, folder, args, device)  # it sets args.precision on the first process only
+            if on_first(is_finished, folder):  # refuse one of other images; None, lest the checkpoint be broadcast
                 on_first(lambda: load_last(folder, choose_images(args, train, fold, *encode(train["label"]))[-1]) and None)
                 print(f"{folder} finished already")
             else:

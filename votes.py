@@ -14,6 +14,8 @@ import torch
 
 from search import SCREENS, merge, topk
 
+# A new vote: here, with its text; in OF_EMBEDDINGS and label, or in of_neighbours; WITH_HEAD; vote_flags; README's flags table.
+# Of votes that are equally good out-of-fold --vote auto takes the first.
 INDUCTIVE = {
     "nearest": "the class of the nearest image",
     "sum": "sum of similarity^power over the k nearest",
@@ -217,7 +219,7 @@ def label(queries, gallery, labels, classes, heads, args, wanted, device, scratc
     def search(left, right, k, exclude=None, store=None):
         return topk(left, right, k, exclude, device, args.screen, args.memory, store)
 
-    def changed(name, like):
+    def new_scratch(name, like):
         scratch.mkdir(parents=True, exist_ok=True)
         return new_npy(scratch / f"{name}.npy", np.float32, like.shape)
 
@@ -238,11 +240,11 @@ def label(queries, gallery, labels, classes, heads, args, wanted, device, scratc
             result[vote] = scores.argmax(1).numpy()
     if "centring" in wanted:
         both = mean_row(queries, gallery) if args.centre == "joint" or len(queries) == 1 else None
-        result["centring"] = nearest_of(*(centred(x, mean_row(x) if both is None else both, changed(name, x))
+        result["centring"] = nearest_of(*(centred(x, mean_row(x) if both is None else both, new_scratch(name, x))
                                           for name, x in [("q", queries), ("g", gallery)]))
     if "expansion" in wanted:
         near = search(queries, gallery, args.graph_k), search(gallery, gallery, args.graph_k, np.arange(len(gallery)))
-        result["expansion"] = nearest_of(*(expanded(x, gallery, *found, changed(name, x), args.alpha)
+        result["expansion"] = nearest_of(*(expanded(x, gallery, *found, new_scratch(name, x), args.alpha)
                                            for name, x, found in zip("qg", (queries, gallery), near, strict=True)))
     if "propagation" in wanted:
         graph = joint_graph(queries, gallery, args.graph_k, search)

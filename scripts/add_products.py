@@ -22,7 +22,7 @@ import pandas as pd
 from dataset import check_images, inside, load_train, read_csv
 from extract import embed_files
 from models import EMBEDDING
-from retrieve import ADDED, embedded_by, grow, load_added, load_runs
+from retrieve import ADDED, gallery_key, grow, load_added, load_runs
 
 COLUMNS = ("path", "label", "content")
 
@@ -83,7 +83,7 @@ def embed_added(rows, before, runs, args, device):
     """Embeddings [runs, n, 512] of the added images; those that `before` has of a run as it is now are taken over."""
     had = {(name, by): dict(zip(before["content"], vectors, strict=True))
            for name, by, vectors in zip(before["runs"], before["stamps"], before["embeddings"], strict=True)}
-    known = {r["name"]: had.get((r["name"], embedded_by(r)), {}) for r in runs}
+    known = {r["name"]: had.get((r["name"], gallery_key(r)), {}) for r in runs}
     some = [r for r in runs if not known[r["name"]].keys() >= {*rows["content"]}]
     todo = rows[np.array([any(c not in known[r["name"]] for r in some) for c in rows["content"]], bool)]
     check_images(args.input, todo["path"])
@@ -109,7 +109,7 @@ def change(before, new, train, runs, args, device):
     if not len(rows):
         runs = []
     texts = {name: rows[name].tolist() for name in COLUMNS} | {"removed": sorted(removed)}
-    texts |= {"runs": [r["name"] for r in runs], "stamps": [embedded_by(r) for r in runs]}
+    texts |= {"runs": [r["name"] for r in runs], "stamps": [gallery_key(r) for r in runs]}
     return {name: np.array(text, dtype=str) for name, text in texts.items()} | {
         "embeddings": embed_added(rows, before, runs, args, device)}
 

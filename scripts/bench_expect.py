@@ -5,7 +5,7 @@ estimate, which has not learned from that alteration, is compared with the truth
 often halves of the runs agree, and the baselines that look at random hold-outs. With --parts the test photographs come in
 clusters, too, by the colours of their middle (the products) and of their border (the places), as of one sort or one shop.
 Reads  what scripts/expect.py reads, input/solution.csv, best.pt of the runs
-Writes OUTPUT/expected.csv, a line a shift
+Writes OUTPUT/expected.csv, a line a shift; OUTPUT/altered.npz
 
     python scripts/bench_expect.py --input input/grocery --output output/grocery
     python scripts/bench_expect.py --input input/demo --output output/demo --shifts none jpeg grey --parts 3

@@ -34,7 +34,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from dataset import Cache, Images, cache_flags, default_workers, load_image, make_loader, read_train
 from extract import embed_jointly
-from models import Model, fold_batch_norm
+from models import Model, fuse_batch_norm
 
 LIBRARIES = {"THP_MEM_ALLOC_ENABLE": "0", "GOMP_SPINCOUNT": "300000"}  # their own defaults, for the original's process
 
@@ -149,7 +149,7 @@ def main():
 
     for archs in [*([arch] for arch in args.arch), *([args.arch] if len(args.arch) > 1 else [])]:
         models = [Model(arch, 2).to(device, memory_format=torch.channels_last).eval() for arch in archs]
-        models = [fold_batch_norm(model, args.size) for model in models]
+        models = [fuse_batch_norm(model, args.size) for model in models]
         host = torch.zeros(args.batch_size, args.size, args.size, 3, dtype=torch.uint8).permute(0, 3, 1, 2)
         host = host.pin_memory() if device.type == "cuda" else host
         resident = torch.cat([host, host]).to(device)

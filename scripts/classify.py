@@ -3,7 +3,7 @@
 Reads  PHOTO ... (files, or folders with all images below them); input/train.csv, best.pt and train.npy of the runs,
        output/{folds.csv,added.npz} and, if scripts/expect.py ran, expected.json; to reject, the files that retrieve.py
        --reject reads
-Writes a table, --csv or --json to stdout; to reject, output/strangers.npz where it is not there yet
+Writes a table, --csv or --json to stdout; to reject, output/strangers.npz where it is not of these runs and gallery
 
     python scripts/classify.py photo.jpg
     python scripts/classify.py photo.jpg --reject 0.05          # 'unknown' where it may be none of the products
@@ -46,7 +46,7 @@ from dataset import (
     resize,
 )
 from extract import embed_pass, load_model
-from retrieve import UNKNOWN, by_fold, check_reject_flag, grow, load_runs, reject_flag, rejecter, stamps_of
+from retrieve import UNKNOWN, by_fold, check_reject_flag, grow, load_runs, reject_flag, rejecter, runs_digest
 from search import as_tensor, merge
 
 
@@ -119,7 +119,7 @@ def load_calibration(args, train, trained, classes, device):
     images out."""
     file = Path(args.output) / "expected.json"
     expected = load_json(file, runs=dict, calibration=dict) if file.exists() else {"runs": None}
-    same = expected["runs"] == {r["name"]: stamps_of([r]) for r in trained}
+    same = expected["runs"] == {r["name"]: runs_digest([r]) for r in trained}
     if same:
         try:
             found, kept = expected["calibration"], expected["calibration"]["kept"]
@@ -167,7 +167,7 @@ def classify(photos, runs, labels, classes, calibration, args, device):
     """(class number [n], confidence [n] or None, similarity [n, k], index [n, k]; of retrieve.nearest_by_fold {fold: [n]}) of
     photographs by the joint `runs` of load. It is what retrieve.py and scripts/expect.py say of test images, but for the
     rounding of similarities."""
-    found, folds = [], {str(k): [r["fold"] == str(k) for r in runs] for k, _ in by_fold(runs)}
+    found, folds = [], {str(k): [r["fold"] == str(k) for r in runs] for k, _ in by_fold(runs) if args.reject}
     for embedded in embed_all(photos, runs, device, args.batch_size):
         step = max(1, 2**26 // (len(runs) * len(labels)))  # of the similarities, so that they take 256 MiB
         for at in range(0, len(embedded[0]), step):

@@ -69,7 +69,7 @@ from dataset import (
     with_bad,
 )
 from extract import embed_alike
-from retrieve import UNKNOWN, by_fold, check_submission, grow, load_runs, stamps_of
+from retrieve import UNKNOWN, by_fold, check_submission, grow, load_runs, runs_digest
 from search import Joined, topk
 
 NEIGHBOURS = 100  # looked at for the evidence: enough that several classes are among them
@@ -237,7 +237,7 @@ def agreement(votes, said):
     return (votes == said).all(1).mean(0) if len(votes) else np.ones(len(said))
 
 
-def crowding(said, prior):
+def collapse(said, prior):
     """Log of how much oftener two of the images [n] have one label than if all classes with a `prior` were equally frequent,
     counting one pair more of each, lest few images tell much; 0 for one image."""
     pairs, count = len(said) * (len(said) - 1.0), np.bincount(said)
@@ -248,7 +248,7 @@ def signs(best, votes, said, sharpness, prior):
     """What tells of errors, of a set of images [n]: `best` are class_best's [n, C], `votes` those of the halves, `said` the
     labels. float64 [n, 5], as named above, the two of the whole set last."""
     odds = log_odds(best, sharpness, said)
-    whole = np.array([odds.mean(), crowding(said, prior)])
+    whole = np.array([odds.mean(), collapse(said, prior)])
     return np.column_stack([odds, agreement(votes, said), beyond_chance(votes, prior)[said], np.tile(whole, (len(said), 1))])
 
 
@@ -326,7 +326,7 @@ def altered_sets(runs, part, labels, train, args, device):
         raise InputError("no class has images of two looks or groups, so nothing tells what to expect of another; without "
                          "scripts/expect.py the submission is complete")
     file, own = Path(args.output) / "altered.npz", np.tile(looks[rows], len(ALTERATIONS))
-    key = json.dumps([stamps_of(runs), train["path"].iloc[rows].tolist(), ALTERATIONS, args.seed])
+    key = json.dumps([runs_digest(runs), train["path"].iloc[rows].tolist(), ALTERATIONS, args.seed])
     kept = load_npz(file, "delete it, it is made anew") if file.exists() else {}
     if str(kept.get("key")) != key:
         def altered(size, resize):
@@ -420,7 +420,7 @@ def expect(runs, fold, part, labels, grown, numbers, sets, set_prior, args, devi
                "difference_of_confidences": difference_of_confidences(expit(held), right, expit(test))}
     figures = {name: value if value is None else round(float(value), 4) for name, value in figures.items()}
     figures |= shift(next(r for r in runs if r["fold"]), fold, args.seed, device)
-    figures |= {"runs": {r["name"]: stamps_of([r]) for r in runs}, "calibration": calibration}
+    figures |= {"runs": {r["name"]: runs_digest([r]) for r in runs}, "calibration": calibration}
     return confidence, said, similarity[:, 0], figures
 
 

@@ -20,7 +20,7 @@ import numpy as np
 
 from dataset import encode, load_folds, load_train, read_train, train_fingerprint
 from extract import embed_files, finished_runs, run_folder
-from retrieve import LEFT_OUT, embedding_of, load_runs, nearest_by_fold, strangeness, strangers
+from retrieve import LEFT_OUT, embedding_settings, load_runs, nearest_by_fold, strangeness, strangers
 
 ROOT = Path(__file__).resolve().parent.parent
 NOT_REPEATED = {"pseudo", "pseudo_min"}  # pseudo-labels may be those of products left out
@@ -109,7 +109,7 @@ def main():
     runs = [r | {"test": embedded[r["name"]]} for r in runs]
     strange = np.sort(strangeness(nearest_by_fold(runs, device), found))
     save_json(output / LEFT_OUT, {"labels": sorted(set(rows["label"])), "recipes": dict(zip(names, recipes, strict=True)),
-                                  "train": stamp, "embedded": {r["name"]: embedding_of(r["stamp"]) for r in runs},
+                                  "train": stamp, "embedded": {r["name"]: embedding_settings(r["stamp"]) for r in runs},
                                   "strangeness": strange.tolist()})
     print(f"of {len(rows)} photographs of {rows['label'].nunique()} products that no run trained on, a share of "
           f"{(strange <= 0.05).mean():.3f} is as similar to the gallery as 0.05 of the others; --reject allows for it now")

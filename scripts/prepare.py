@@ -11,13 +11,15 @@
                   two, SRC/<label>/, and of each label the share --test-share, drawn at random, becomes test images
 
 Reads  SRC, the unpacked data set
+       with --hand-in a submission.csv or top.csv
 Writes OUT/{train.csv,sample_submission.csv,solution.csv} and the links OUT/images and OUT/test to SRC (or, --copy, the images);
-       without images to label no sample_submission.csv, where their labels are not known no solution.csv
+       without images to label no sample_submission.csv, where their labels are not known no solution.csv; with --hand-in only
+       hand_in.csv beside it
 
     python scripts/prepare.py grocery ~/GroceryStoreDataset
     python scripts/prepare.py folders ~/photos --output input/mine --test-share 0
     python scripts/prepare.py csv ~/contest --columns image label_group --images train_images --test-images test_images
-    python scripts/prepare.py csv ~/contest --hand-in output/submission.csv
+    python scripts/prepare.py csv ~/contest --hand-in output/submission.csv          # with --suffix as before, if there was one
 """
 
 import shutil
@@ -31,7 +33,7 @@ from utils import InputError, progress, run, save_csv, script_parser
 import numpy as np
 import pandas as pd
 
-from dataset import SUFFIXES
+from dataset import SUFFIXES, inside
 
 
 def parse_args():
@@ -129,15 +131,18 @@ def below(folder, names, suffix):
     return ("" if folder == "." else folder.rstrip("/") + "/") + names + suffix
 
 
-def hand_in(source, file):
+def hand_in(source, args):
     """The labels of a submission.csv, or of a top.csv, several in a row with spaces between, in the form of
     SRC/sample_submission.csv, its second column filled."""
-    table, sample = read_table(file), read_table(source / "sample_submission.csv")
-    names = zip(sample.iloc[:, 0], column(table, "filename", file), strict=False)
-    if len(sample.columns) < 2 or len(sample) != len(table) or any(theirs not in ours for theirs, ours in names):
+    file, sample = args.hand_in, read_table(source / "sample_submission.csv")
+    table = read_table(file)
+    names = zip(column(table, "filename", file), sample.iloc[:, 0] + args.suffix, strict=False)
+    if len(sample.columns) < 2 or len(sample) != len(table) or not all(ours.endswith(theirs) for ours, theirs in names):
         raise InputError(f"{file} does not fit {source}/sample_submission.csv: it wants the same images in the same order, and "
                          "a second column to fill in")
     result, several = Path(file).with_name("hand_in.csv"), table.filter(regex=r"^label\d+$")
+    if several.apply(lambda labels: labels.str.contains(r"\s")).any(axis=None):
+        raise InputError(f"{file}: labels with spaces cannot be joined by spaces; write hand_in.csv by hand")
     said = several.agg(" ".join, axis=1).str.rstrip() if len(several.columns) else column(table, "prediction", file)
     save_csv(result, sample.assign(**{sample.columns[1]: said}))
     print(f"{result}: {len(table)} labels")
@@ -145,8 +150,9 @@ def hand_in(source, file):
 
 def folders(source, args):
     if (source / "train").is_dir() and (source / "test").is_dir():
-        flat = photographs(source / "test", "*")
-        return (source, tree(source, "train"), pd.DataFrame({"path": relative(flat, source)})) if flat else trees(source)
+        if photographs(source / "test", "*/**/*"):
+            return trees(source)
+        return source, tree(source, "train"), pd.DataFrame({"path": relative(photographs(source / "test", "*"), source)})
     table = tree(source, "")
     order = np.random.default_rng(args.seed).permutation(len(table))
     place = table.iloc[order].groupby("label").cumcount().reindex(table.index)
@@ -215,8 +221,14 @@ def main():
     if not source.is_dir():
         raise InputError(f"{source} is no folder; give that of the unpacked data set")
     if args.hand_in:
-        return hand_in(source, args.hand_in)
+        return hand_in(source, args)
+    if output.resolve() == source:
+        raise InputError(f"{source} would be written over; give another --output")
     source, train, test = FORMS[args.form](source, args)
+    for table in (train, test):
+        inside(table, "path", args.source)
+    if train.empty:
+        raise InputError(f"{args.source} has no training images")
     output.mkdir(parents=True, exist_ok=True)
     place(source, output, train, test, args.copy)
     test = test.rename(columns={"path": "filename"})

@@ -68,7 +68,7 @@ def summarise(args, device):
     truth = None if test is None else read_solution(args.input, test["filename"])
     runs = load_runs(args.output, None, train, good)
     grown, gallery = grow(runs, args.output, train)
-    (trained, labels), (classes, numbers) = encode(train["label"]), encode(gallery["label"])
+    (train_classes, labels), (classes, numbers) = encode(train["label"]), encode(gallery["label"])
     votes = fitting(grown, args.votes)
     if not votes:
         raise InputError(f"--votes {' '.join(args.votes)}: all need runs whose head fits these classes; add sum")
@@ -79,7 +79,8 @@ def summarise(args, device):
     for title, members in rows.items():
         results = []
         if fold is not None:
-            results.append(("out-of-fold", score(label_oof(members, fold, labels, len(trained), args, votes, device), labels)))
+            said = label_oof(members, fold, labels, len(train_classes), args, votes, device)
+            results.append(("out-of-fold", score(said, labels)))
         if truth is not None:
             after = [r for r in grown if r["name"] in [member["name"] for member in members]]
             said = label_test(after, numbers, len(classes), args, votes, device)[0]
@@ -99,6 +100,8 @@ def summarise(args, device):
     held = Path(args.output) / "oof.csv"
     if held.exists():
         said = read_csv(held, ["path", "label"])
+        if "prediction" not in said.columns:
+            raise InputError(f"{held} has no column 'prediction': it is damaged; run retrieve.py again")
         wrong = said[(said["prediction"] != "") & (said["prediction"] != said["label"])]
         pairs = wrong.groupby(["label", "prediction"]).size().sort_values(ascending=False, kind="stable").head(CONFUSED)
         lines = [[*(printable(label).replace("|", "\\|") for label in pair), str(count)] for pair, count in pairs.items()]

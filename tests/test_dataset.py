@@ -31,7 +31,7 @@ from dataset import (
     make_folds,
     make_loader,
     make_look_folds,
-    mix,
+    mix_batch,
     read_image,
     read_pseudo,
     read_solution,
@@ -148,7 +148,7 @@ def test_mix_keeps_the_shares_it_says():
     torch.manual_seed(0)
     batch, labels = torch.arange(4, dtype=torch.uint8)[:, None, None, None].expand(4, 3, 20, 30) * 60, torch.arange(4)
     for mixup, cutmix in ((0.5, 0), (0, 1.0)):
-        mixed, others, share = mix(batch.clone(), labels, mixup, cutmix)
+        mixed, others, share = mix_batch(batch.clone(), labels, mixup, cutmix)
         expected = share * labels * 60 + (1 - share) * others * 60
         assert 0 <= share <= 1 and mixed.dtype == torch.uint8
         assert torch.allclose(mixed.float().mean((1, 2, 3)), expected.float(), atol=0.5)
@@ -321,13 +321,13 @@ def test_cached_images_equal_decoded_ones_bit_for_bit(folder):
         for size, steps in ((s, a) for s in sizes for a in (None, augment())):
             plain = Images(folder, names, [0] * len(names), size, how, steps)
             kept = Images(folder, names, [0] * len(names), sizes[0], how, steps, cache=cache).at(size)
-            assert (kept.rows >= 0).sum() == len(names) - 3 and equal(plain, kept)
+            assert (kept.cache_rows >= 0).sum() == len(names) - 3 and equal(plain, kept)
     loaded = torch.cat([batch for batch, _ in make_loader(kept, 5, 2, torch.device("cpu"))])
     assert torch.equal(loaded, torch.stack([plain[i][0] for i in range(len(plain))]))
     cache = filled(folder, test, part="test")
     pair = [Images(base, names, [0] * 12, 32, cache=c) for base, names, c in
             ((folder / "test", test, None), (folder, "test/" + test, cache))]
-    assert (pair[1].rows >= 0).all() and equal(*pair), "a file is known by whatever folder it is named from"
+    assert (pair[1].cache_rows >= 0).all() and equal(*pair), "a file is known by whatever folder it is named from"
     assert (folder / ".cache" / ".gitignore").read_text() == "*\n"
 
 

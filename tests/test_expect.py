@@ -225,13 +225,13 @@ def test_altered_images_are_made_once_for_runs_of_one_size(data, output):
 
 
 def test_crowding_by_hand():
-    assert expect.crowding(np.array([0, 1, 2, 3]), np.ones(4)) == pytest.approx(np.log(2 / 5))
-    assert expect.crowding(np.array([2]), np.ones(4)) == 0
-    assert expect.crowding(np.zeros(500, np.int64), np.ones(4)) == pytest.approx(np.log(4), abs=1e-3)
+    assert expect.collapse(np.array([0, 1, 2, 3]), np.ones(4)) == pytest.approx(np.log(2 / 5))
+    assert expect.collapse(np.array([2]), np.ones(4)) == 0
+    assert expect.collapse(np.zeros(500, np.int64), np.ones(4)) == pytest.approx(np.log(4), abs=1e-3)
     rng = np.random.default_rng(0)
     for classes in (4, 1000):
         for count in (10, 100, 9000):
-            found = [expect.crowding(rng.integers(0, classes, count), np.ones(classes)) for _ in range(20)]
+            found = [expect.collapse(rng.integers(0, classes, count), np.ones(classes)) for _ in range(20)]
             assert np.abs(np.median(found)) < 0.3, "of any size"
             assert np.max(np.abs(found)) < 2, "few images do not tell much"
 

@@ -12,7 +12,7 @@ import timm
 import torch
 from conftest import ROOT
 
-from models import ArcFace, GeM, Model, QuickDepthwise, add_margin, build, fold_batch_norm, freeze, gem, load_weights
+from models import ArcFace, GeM, Model, QuickDepthwise, add_margin, build, freeze, fuse_batch_norm, gem, load_weights
 
 LISTS = ROOT / "../shared/data/original/state_dicts.json"
 
@@ -101,7 +101,7 @@ def test_folded_batch_norms_embed_alike_and_leave_the_model(arch, left):
     """DenseNet's first norm of a layer takes what several layers gave: it stays."""
     model = learnt(arch)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    folded = fold_batch_norm(model, 64)
+    folded = fuse_batch_norm(model, 64)
     images = torch.randint(0, 256, (2, 3, 64, 64), dtype=torch.uint8)
     with torch.no_grad():
         assert torch.allclose(folded(images), model(images), rtol=1e-4, atol=1e-4)
@@ -110,7 +110,7 @@ def test_folded_batch_norms_embed_alike_and_leave_the_model(arch, left):
 
 
 def test_batch_norms_that_cannot_be_folded_stay():
-    assert fold_batch_norm(nfnet := Model("test_nfnet", 5), 64) is nfnet and not nfnet.training
+    assert fuse_batch_norm(nfnet := Model("test_nfnet", 5), 64) is nfnet and not nfnet.training
 
     class Fork(torch.nn.Module):  # the convolution's output is the batch norm's and another's
         def __init__(self):
@@ -124,7 +124,7 @@ def test_batch_norms_that_cannot_be_folded_stay():
     model = Model("test_nfnet", 5)
     model.backbone, model.neck[0] = Fork(), torch.nn.Linear(8, 512)
     model.backbone.norm.running_var.fill_(0.1)
-    assert fold_batch_norm(model, 64) is model
+    assert fuse_batch_norm(model, 64) is model
 
 
 @pytest.mark.parametrize("arch", ["test_efficientnet", "test_nfnet"])
@@ -193,6 +193,11 @@ def test_a_vision_transformer_takes_images_of_any_size_of_whole_patches():
         assert model(images).shape == (2, 512) and model(images[..., :32, :32]).shape == (2, 512)
     with pytest.raises(InputError, match=r"takes no images of 40 px .*patch size"):
         model(images[..., :40, :40])
+    model.try_sizes([32, 48])
+    with pytest.raises(InputError, match="another --size, and --test-size"):
+        model.try_sizes([32, 40])
+    freeze(model.backbone, 1)
+    assert not model.backbone.pos_embed.requires_grad and model.backbone.blocks[-1].norm1.weight.requires_grad
     with pytest.raises(InputError, match="take another --arch"):
         Model("swin_tiny_patch4_window7_224", 2)(torch.zeros(1, 3, 224, 224, dtype=torch.uint8))
 

@@ -325,7 +325,7 @@ utils.run(extract.main)
 
 def test_extraction_killed_inside_a_pass_goes_on_there(data, finished, tmp_path):
     """SIGKILL after the training images and one of the two batches of test images: the same bytes as undisturbed."""
-    for stamp in (finished).glob("*/*/extract.json"):
+    for stamp in finished.glob("*/*/extract.json"):
         stamp.unlink()
     for name in ("undisturbed", "one", "both", "marked"):
         shutil.copytree(finished, tmp_path / name)

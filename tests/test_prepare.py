@@ -99,6 +99,9 @@ def test_photographs_without_labels_and_none_to_label(tmp_path):
     assert read_test(output)["filename"].tolist() == ["test/8.jpg", "test/9.jpg"] and len(read_train(output)) == 6
     assert read_solution(output, ["test/8.jpg"]) is None
     check_images(output / "test", read_test(output)["filename"])
+    photos(source, ["test/a/7.jpg"])
+    script("scripts/prepare.py", "folders", source, "--output", output)
+    assert read_test(output)["filename"].tolist() == ["test/a/7.jpg"] and read_solution(output, ["test/a/7.jpg"]) == ["a"]
     script("scripts/prepare.py", "folders", source / "train", "--output", tmp_path / "all", "--test-share", 0)
     assert len(read_train(tmp_path / "all")) == 6 and not has_test(tmp_path / "all")
 
@@ -117,13 +120,19 @@ def test_the_csvs_of_a_contest_there_and_back(tmp_path):
     check_images(output, train["path"])
     check_images(output / "test", test["filename"])
     test.assign(prediction=["b", "a"]).to_csv(tmp_path / "submission.csv", index=False)
-    script("scripts/prepare.py", "csv", source, "--hand-in", tmp_path / "submission.csv")
+    back = ("scripts/prepare.py", "csv", source, "--suffix", ".jpg", "--hand-in")
+    script(*back, tmp_path / "submission.csv")
     assert (tmp_path / "hand_in.csv").read_text() == "Id,Category,note\n9,b,n\n8,a,m\n"
     test.assign(label1=["b", "a"], label2=["a", ""]).to_csv(tmp_path / "top.csv", index=False)
-    script("scripts/prepare.py", "csv", source, "--hand-in", tmp_path / "top.csv")
+    script(*back, tmp_path / "top.csv")
     assert (tmp_path / "hand_in.csv").read_text() == "Id,Category,note\n9,b a,n\n8,a,m\n"
     test[::-1].assign(prediction=["b", "a"]).to_csv(tmp_path / "submission.csv", index=False)
-    assert "same order" in script("scripts/prepare.py", "csv", source, "--hand-in", tmp_path / "submission.csv", code=2).stderr
+    assert "same order" in script(*back, tmp_path / "submission.csv", code=2).stderr
+    test.assign(label1="Cola 0.5 l", label2="a").to_csv(tmp_path / "top.csv", index=False)
+    assert "labels with spaces" in script(*back, tmp_path / "top.csv", code=2).stderr
+    assert "written over" in script("scripts/prepare.py", "csv", source, "--output", source, code=2).stderr
+    (source / "train.csv").write_text("id,product\n../../0,a\n")
+    assert "leaves its folder" in script("scripts/prepare.py", "csv", source, "--output", output, code=2).stderr
     assert "no column 'label'" in script("scripts/prepare.py", "csv", source, "--columns", "id", "label", code=2).stderr
 
 

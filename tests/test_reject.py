@@ -116,7 +116,7 @@ def test_rejected_photographs_are_unknown(data, finished, monkeypatch):
     assert [labeller.label(read_image(photos / name))["label"] for name in table["filename"]] == table["prediction"].tolist()
     recipe = load_json(finished / "test_nfnet" / "fold1" / "args.json")
     stamp = load_json(finished / "test_nfnet" / "fold1" / "extract.json")
-    left = {"recipes": {"test_nfnet/fold1": recipe}, "embedded": {"test_nfnet/fold1": retrieve.embedding_of(stamp)},
+    left = {"recipes": {"test_nfnet/fold1": recipe}, "embedded": {"test_nfnet/fold1": retrieve.embedding_settings(stamp)},
             "train": stamp["train"], "strangeness": [0.0] * 99}
     (finished / "left_out.json").write_text(json.dumps(left))
     assert "leave_out.py" not in script("retrieve.py", *flags, "--reject", 0.95).stderr

@@ -11,6 +11,7 @@ import pytest
 import torch
 from conftest import ROOT
 
+import retrieve
 import search
 import votes
 from search import Joined, topk
@@ -240,6 +241,19 @@ def test_centroid_by_hand():
     mean = np.array([1.6, 0.8]) / np.hypot(1.6, 0.8)
     scores = votes.recentring(QUERY, UNIT, np.array([0, 0, 1]), 3, rounds=0)
     assert scores[0].tolist() == pytest.approx([QUERY[0] @ mean, 0.6, 0], abs=1e-6)
+
+
+def test_the_nearest_classes_are_found_behind_many_images_of_one():
+    rng = np.random.default_rng(0)
+    centres = np.eye(8)[:3] + 1.0
+    numbers = np.repeat([0, 1, 2], [300, 200, 4])
+    gallery = Joined([(centres[numbers] + 0.01 * rng.normal(size=(504, 8))).astype(np.float32)])
+    queries = Joined([np.array([centres[0], centres[1], centres[2] + 0.1 * centres[1]], np.float32)])
+    args = SimpleNamespace(screen="auto", memory=None)
+    cosine = (queries[:] @ gallery[:].T).numpy()
+    wanted = [sorted(range(3), key=lambda c: -row[numbers == c].max()) for row in cosine]
+    assert retrieve.ranked(queries, gallery, numbers, 3, args, torch.device("cpu")).tolist() == wanted
+    assert (retrieve.ranked(queries, gallery, numbers, 4, args, torch.device("cpu"))[:, 3] == -1).all()
 
 
 def test_recentring_by_hand():
