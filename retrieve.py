@@ -186,17 +186,17 @@ def runs_digest(runs):
 def check_submission(output, scores, runs):
     """Refuse a submission.csv that is not what retrieve.py wrote with these scores, of scores.json, or not by the runs and the
     gallery that there are now."""
-    grown = [r | {"stamp": grown_stamp(r, output)} for r in runs]
+    more = added_stamp(output, load_added(output))
+    grown = [r | {"stamp": r["stamp"] | more} for r in runs]
     if scores.get("submission") != file_fingerprint(Path(output) / "submission.csv"):
         raise InputError(f"{output}/submission.csv is not what retrieve.py wrote with scores.json; run retrieve.py again")
     if scores.get("stamps") != runs_digest(grown):
         raise InputError(f"{output}/submission.csv is of other runs or embeddings than there are now; run retrieve.py again")
 
 
-def grown_stamp(run, output):
-    """The extract.json of a run, and what was added to its gallery or removed."""
-    added, file = load_added(output), Path(output) / ADDED
-    return run["stamp"] | ({"added": file_fingerprint(file)} if len(added["path"]) or len(added["removed"]) else {})
+def added_stamp(output, added):
+    """What the stamp of each grown run says of the `added` of load_added; {} where nothing was added or removed."""
+    return {"added": file_fingerprint(Path(output) / ADDED)} if len(added["path"]) or len(added["removed"]) else {}
 
 
 def grow(runs, output, train):
@@ -207,7 +207,7 @@ def grow(runs, output, train):
     where it no longer fits the classes; DataFrame path, label, whose index is the row of train.csv, counted on for the added
     images: len(train) is the first of them."""
     added = load_added(output)
-    if not len(added["path"]) and not len(added["removed"]):
+    if not (more_stamp := added_stamp(output, added)):
         return runs, train
     file, kept = Path(output) / ADDED, np.flatnonzero(~train["label"].isin(added["removed"]))
     number = np.arange(len(train), len(train) + len(added["path"]))
@@ -221,7 +221,7 @@ def grow(runs, output, train):
             raise InputError(f"{file} does not come from {r['name']} as it is now; run scripts/add_products.py, it embeds the "
                              "added images again")
         grown.append(r | {"train": stacked(r["train"], kept, more, output), "kind": r["kind"] if fits else None,
-                          "stamp": grown_stamp(r, output)})
+                          "stamp": r["stamp"] | more_stamp})
     return grown, gallery
 
 
@@ -441,10 +441,10 @@ def search_test(args, runs, grown, train, classes, numbers, vote, device):
     return said, similarity, index, strange, top
 
 
-def write_test(args, good, gallery, classes, numbers, vote, said, similarity, index, strange, top):
-    """Write what search_test found of the readable images `good`; an image in bad_images.csv gets the most frequent label.
-    Returns what scores.json says of it."""
-    output, test = Path(args.output), read_test(args.input, args.allow_outside)
+def write_test(args, test, good, truth, gallery, classes, numbers, vote, said, similarity, index, strange, top):
+    """Write what search_test found of the readable images `good` of `test`; an image in bad_images.csv gets the most frequent
+    label. truth: true labels, or None. Returns what scores.json says of it."""
+    output = Path(args.output)
     said = {name: with_bad(test, good, own, np.bincount(numbers).argmax()) for name, own in said.items()}
     strange, similarity = with_bad(test, good, strange, False), with_bad(test, good, similarity, 0)
     save_npz(output / "neighbours.npz", similarity=similarity,
@@ -460,9 +460,9 @@ def write_test(args, good, gallery, classes, numbers, vote, said, similarity, in
         top = pd.DataFrame(top, test.index).reindex(columns=range(args.top), fill_value="").fillna("")
         top.columns = [f"label{column + 1}" for column in range(args.top)]
         save_csv(output / "top.csv", pd.concat([test[["filename"]], top], axis=1))
-    scores, truth = {"submission": file_fingerprint(output / "submission.csv")}, read_solution(args.input, test["filename"])
-    true = None if truth is None else number_of(truth, classes)
+    scores = {"submission": file_fingerprint(output / "submission.csv")}
     if truth is not None:
+        true = number_of(truth, classes)
         scores["test"] = score(said, true)
     if args.reject:
         scores["reject"] = {"rate": args.reject, "kept": round(1 - strange.mean(), 4)}
@@ -485,7 +485,8 @@ def retrieve(args, device, train, good):
     if not fitting(grown, [vote]):
         raise InputError(f"--vote {vote} needs runs whose head fits these classes; use --vote sum")
     if good is not None:
-        read_solution(args.input, read_test(args.input, args.allow_outside)["filename"])  # better refused before the search
+        test = read_test(args.input, args.allow_outside)
+        truth = read_solution(args.input, test["filename"])  # better refused before the search
     scores = {"runs": {r["name"]: r["stamp"]["checkpoint"] for r in runs}, "stamps": runs_digest(grown), "vote": vote,
               "k": args.k, "power": args.power, "head_power": args.head_power, "test": None, "oof": None}
     if first:
@@ -496,7 +497,7 @@ def retrieve(args, device, train, good):
     if good is not None:
         found = search_test(args, runs, grown, train, classes, numbers, vote, device)
         if first:
-            scores |= write_test(args, good, gallery, classes, numbers, vote, *found)
+            scores |= write_test(args, test, good, truth, gallery, classes, numbers, vote, *found)
     if first:
         save_json(Path(args.output) / "scores.json", scores)
         shutil.rmtree(Path(args.output) / "search", ignore_errors=True)

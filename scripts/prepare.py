@@ -150,7 +150,7 @@ def hand_in(source, args):
 
 def folders(source, args):
     if (source / "train").is_dir() and (source / "test").is_dir():
-        if photographs(source / "test", "*/**/*"):
+        if any(p.suffix.lower() in SUFFIXES for p in (source / "test").glob("*/**/*")):
             return trees(source)
         return source, tree(source, "train"), pd.DataFrame({"path": relative(photographs(source / "test", "*"), source)})
     table = tree(source, "")
