@@ -63,6 +63,10 @@ if [[ -z $DEMO && ! -f $INPUT/train.csv ]]; then
     exit 2
 fi
 [[ $ROUNDS =~ ^[1-9][0-9]*$ ]] || { echo "error: --rounds $ROUNDS: give 1, 2, ..." >&2; exit 2; }
+if ((ROUNDS > 1)) && [[ -z $DEMO && ! -f $INPUT/sample_submission.csv ]]; then
+    echo "no images to label can join the training: one round is all"
+    ROUNDS=1
+fi
 mkdir -p "$OUTPUT" || exit 2
 exec 9> "$OUTPUT/.run_all.lock"
 flock -n 9 || { echo "error: another run_all.sh is at work on $OUTPUT; wait for it or stop it" >&2; exit 2; }
@@ -151,7 +155,6 @@ for ((round = 1; round <= ROUNDS; round++)); do
     out=$OUTPUT pseudo=()
     if ((round > 1)); then
         [[ $broken ]] && break
-        [[ -f $INPUT/sample_submission.csv ]] || { echo "no images to label join the training: one round is all"; break; }
         [[ -f $before/confidence.csv ]] || { failed+=("round $round: no $before/confidence.csv; see $before/expect.log"); break; }
         pseudo=(--pseudo "$before/confidence.csv") out=$OUTPUT/round$round
         mkdir -p "$out" && cp "$OUTPUT/folds.csv" "$out/" || exit 2

@@ -252,20 +252,36 @@ def signs(best, votes, said, sharpness, prior):
     return np.column_stack([odds, agreement(votes, said), beyond_chance(votes, prior)[said], np.tile(whole, (len(said), 1))])
 
 
+def observe(part, sharpness, prior):
+    """[(signs [m, 5], right [m])] of a set of altered_sets: all its images, and those of a quarter and half the classes."""
+    said, found = part["best"].argmax(1), []
+    some = [np.random.default_rng(n).permutation(np.flatnonzero(prior)) for n in (4, 2)]
+    some = [classes[:max(3, len(classes) // n)] for n, classes in zip((4, 2), some, strict=True)]
+    for keep in [slice(None), *(np.isin(part["truth"], classes) for classes in some)]:
+        if len(said[keep]) > 1:
+            found.append((signs(part["best"][keep], part["votes"][..., keep], said[keep], sharpness, prior),
+                          said[keep] == part["truth"][keep]))
+    return found
+
+
 def learn(sets, prior):
-    """By the sets of altered_sets {"sharpness", "weights" [5], "offset"}: right by expit(signs @ weights + offset); the
-    regression "excess" [m, 2] -> [m]: by how much that is too high, or too low, on average of a set with these two signs of the
-    whole, 0 far from all; and the "least" share that sets of this size tell from 0."""
-    sharpness = fit_sharpness(sets[0]["best"], sets[0]["truth"])
-    parts, right = [], []
-    for part in sets:
-        said = part["best"].argmax(1)
-        some = [np.random.default_rng(n).permutation(np.flatnonzero(prior)) for n in (4, 2)]
-        some = [classes[:max(3, len(classes) // n)] for n, classes in zip((4, 2), some, strict=True)]
-        for keep in [slice(None), *(np.isin(part["truth"], classes) for classes in some)]:
-            if len(said[keep]) > 1:
-                parts.append(signs(part["best"][keep], part["votes"][..., keep], said[keep], sharpness, prior))
-                right.append(said[keep] == part["truth"][keep])
+    """What is learned by all sets of altered_sets, and by all but those that share an alteration with one of them, for each
+    altered one: (learned, errors), the latter [m] what is expected of it by that less what is true."""
+    sharpness, least = fit_sharpness(sets[0]["best"], sets[0]["truth"]), 1 / (len(sets[0]["truth"]) + 2)
+    observed, found = [observe(part, sharpness, prior) for part in sets], []
+    for own in (part for part in sets if part["names"]):
+        others = [seen for part, seen in zip(sets, observed, strict=True) if not set(part["names"]) & set(own["names"])]
+        said = own["best"].argmax(1)
+        found.append(confide(own["best"], own["votes"], said, fit(others, sharpness, least), prior).mean()
+                     - accuracy(said, own["truth"]))
+    return fit(observed, sharpness, least), np.array(found)
+
+
+def fit(observed, sharpness, least):
+    """{"sharpness", "weights" [5], "offset"}, learned by what was observed of sets: right by expit(signs @ weights + offset);
+    the regression "excess" [m, 2] -> [m]: by how much that is too high, or too low, on average of a set with these two signs
+    of the whole, 0 far from all; and the `least` share that sets of this size tell from 0."""
+    parts, right = zip(*(pair for seen in observed for pair in seen), strict=True)
     weight = np.concatenate([np.full(len(part), 1 / len(part)) for part in parts])
     x, y = np.concatenate(parts), np.concatenate(right)
     mean, scale = x.mean(0), x.std(0).clip(min=1e-9)
@@ -275,8 +291,7 @@ def learn(sets, prior):
     offset = float(model.intercept_[0] - weights @ mean)
     excess = make_pipeline(StandardScaler(), KernelRidge(alpha=0.3, kernel="rbf", gamma=0.5))
     excess.fit([x[0, 3:] for x in parts], [(expit(x @ weights + offset) - y).mean() for x, y in zip(parts, right, strict=True)])
-    return {"sharpness": sharpness, "weights": weights.tolist(), "offset": offset, "excess": excess,
-            "least": 1 / (len(sets[0]["truth"]) + 2)}
+    return {"sharpness": sharpness, "weights": weights.tolist(), "offset": offset, "excess": excess, "least": least}
 
 
 def odds_of_right(best, votes, said, learned, prior):
@@ -341,16 +356,6 @@ def altered_sets(runs, part, labels, train, args, device):
             for at, names in zip(range(0, len(best), len(rows)), ALTERATIONS, strict=True)], prior
 
 
-def errors(sets, prior):
-    """What is expected of each altered set by what is learned without its alterations, less what is true."""
-    found = []
-    for own in (part for part in sets if part["names"]):
-        learned = learn([part for part in sets if not set(part["names"]) & set(own["names"])], prior)
-        said = own["best"].argmax(1)
-        found.append(confide(own["best"], own["votes"], said, learned, prior).mean() - accuracy(said, own["truth"]))
-    return np.array(found)
-
-
 # ------------------------------------------------------------------------------------------------- baselines, and the shift
 
 
@@ -406,7 +411,8 @@ def expect(runs, fold, part, labels, grown, numbers, sets, set_prior, args, devi
     said = nearest if said is None else np.where(said < 0, nearest, said)
     votes, evidence = half_votes(grown, queries, numbers, device), probability(best, calibrate(look, truth), said)
     prior = np.bincount(numbers) / len(numbers)
-    learned, error = learn(sets, set_prior), float((errors(sets, set_prior) ** 2).mean() ** 0.5)
+    learned, errors = learn(sets, set_prior)
+    error = float((errors ** 2).mean() ** 0.5)
     confidence = confide(best, votes, said, learned, prior)
     calibration = calibrate_alone(best, votes, learned, prior)
     expected = float(confidence.mean())

@@ -622,7 +622,7 @@ def test_run_all_in_two_rounds(data, tmp_path):
     assert (tmp_path / "round2" / "submission.csv").exists()
     source = shutil.copytree(data, tmp_path / "d")
     (source / "sample_submission.csv").unlink()
-    assert "one round is all" in run_all(*flags, "--input", source).stdout
+    assert "one round is all" in run_all(*flags, "--input", source, "--folds-only").stdout
 
 
 SCRIPTS = [p for p in sorted([*ROOT.glob("*.py"), *ROOT.glob("scripts/*.py")]) if "if __name__" in p.read_text()]

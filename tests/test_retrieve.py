@@ -192,6 +192,7 @@ for screen in ("int8", "fp32"):
     found = search.topk(gallery[:90], gallery, 150, np.arange(90), screen=screen)
     if dist.get_rank() == 0:
         np.savez(f"{sys.argv[2]}/{screen}.npz", *found)
+dist.destroy_process_group()  # else its threads may abort the process at its end
 """
 
 
