@@ -40,6 +40,7 @@ from utils import (
     save_json,
     save_text,
     share,
+    within,
 )
 
 import cv2
@@ -249,8 +250,7 @@ def make_look_folds(features, labels, folds=5, seed=9999):
 
     features, labels = normalize(features), np.asarray(labels)
     fold, size = np.full(len(labels), -1), np.zeros(folds, np.int64)
-    for label in np.unique(labels):
-        rows = np.flatnonzero(labels == label)
+    for rows in pd.Series(labels).groupby(labels).indices.values():
         count = min(folds, len(np.unique(features[rows], axis=0)))
         if count < 2:
             continue
@@ -542,16 +542,19 @@ def check_inputs(args, full=False):
     return train, test
 
 
-def cache_flags(parser):
+def loader_flags(parser):
+    """The flags of the scripts that load images by Cache and make_loader."""
+    parser.add_argument("--workers", type="whole", default=default_workers(),
+                        help="loader processes (default min(16, cores - 1))")
     parser.add_argument("--cache", action=argparse.BooleanOptionalAction, default=True, help="decode and resize each image "
                         "once for all runs and epochs, into INPUT/.cache, where the disk has room (default on)")
-    parser.add_argument("--cache-size", type=float, metavar="GB", help="most that the cache may take (default: half of the "
-                        "free disk)")
+    parser.add_argument("--cache-size", type=within("[0, inf]"), metavar="GB", help="most that the cache may take (default: "
+                        "half of the free disk)")
 
 
 def input_flags(parser):
     """The flags of the scripts that embed the images of --input."""
-    cache_flags(parser)
+    loader_flags(parser)
     parser.add_argument("--deterministic", action="store_true", help="on a GPU, only algorithms that give the same digits each "
                         "time; slower. On a CPU they always do, for the same number of threads")
     parser.add_argument("--skip-bad-images", action="store_true", help="decode every image once; list those that cannot be "
@@ -561,32 +564,22 @@ def input_flags(parser):
 def augmentation_flags(parser):
     """The flags of the augmentation; the recipe's six are on, those against shift are off."""
     add = parser.add_argument
-    add("--flip", type=float, default=0.5, help="probability of a horizontal flip (default 0.5)")
-    add("--jpeg", type=int, default=99, help="lowest JPEG quality, up to 100; 0 = off (default 99)")
-    add("--shift", type=float, default=0.2, help="largest shift, share of the side (default 0.2)")
-    add("--zoom", type=float, default=0.2, help="scale by 1 - zoom .. 1 + zoom (default 0.2)")
-    add("--rotate", type=float, default=10.0, help="largest rotation, degrees (default 10)")
-    add("--affine-p", type=float, default=0.7, help="probability of shift, zoom and rotation together (default 0.7)")
-    add("--cutout", type=float, default=0.4, help="side of the black square, share of the image's (default 0.4)")
-    add("--cutout-p", type=float, default=0.5, help="probability of the black square (default 0.5)")
-    add("--crop", type=float, default=0.0, help="crop a part of at least this share of the area, stretched by up to 4:3; "
+    add("--flip", type="share", default=0.5, help="probability of a horizontal flip (default 0.5)")
+    add("--jpeg", type=within("[0, 100]", int), default=99, help="lowest JPEG quality, up to 100; 0 = off (default 99)")
+    add("--shift", type="share", default=0.2, help="largest shift, share of the side (default 0.2)")
+    add("--zoom", type="part", default=0.2, help="scale by 1 - zoom .. 1 + zoom (default 0.2)")
+    add("--rotate", type="amount", default=10.0, help="largest rotation, degrees (default 10)")
+    add("--affine-p", type="share", default=0.7, help="probability of shift, zoom and rotation together (default 0.7)")
+    add("--cutout", type="share", default=0.4, help="side of the black square, share of the image's (default 0.4)")
+    add("--cutout-p", type="share", default=0.5, help="probability of the black square (default 0.5)")
+    add("--crop", type="share", default=0.0, help="crop a part of at least this share of the area, stretched by up to 4:3; "
         "0 = off (default 0)")
-    add("--colour", type=float, default=0.0, help="largest change of brightness, contrast and saturation, a tenth of it for "
+    add("--colour", type="amount", default=0.0, help="largest change of brightness, contrast and saturation, a tenth of it for "
         "the hue (default 0)")
-    add("--grey", type=float, default=0.0, help="probability of a grey image (default 0)")
-    add("--blur", type=float, default=0.0, help="probability of a Gaussian blur of up to 2 %% of the side (default 0)")
-    add("--randaugment", type=int, default=0, help="magnitude 1..30 of two random operations (Cubuk et al., 2020); 0 = off "
-        "(default 0)")
-
-
-def check_augmentation_flags(parser, args):
-    for name in ("flip", "affine_p", "cutout", "cutout_p", "crop", "grey", "blur", "shift"):
-        if not 0 <= getattr(args, name) <= 1:
-            parser.error(f"--{name.replace('_', '-')} must be 0..1")
-    if not 0 <= args.zoom < 1:
-        parser.error("--zoom must be 0 or more and below 1")
-    if not (0 <= args.jpeg <= 100 and 0 <= args.randaugment <= 30 and args.rotate >= 0 and args.colour >= 0):
-        parser.error("--jpeg must be 0..100, --randaugment 0..30, --rotate and --colour 0 or more")
+    add("--grey", type="share", default=0.0, help="probability of a grey image (default 0)")
+    add("--blur", type="share", default=0.0, help="probability of a Gaussian blur of up to 2 %% of the side (default 0)")
+    add("--randaugment", type=within("[0, 30]", int), default=0, help="magnitude 1..30 of two random operations (Cubuk et al., "
+        "2020); 0 = off (default 0)")
 
 
 class ByOpenCV:
@@ -729,7 +722,7 @@ class EpochSampler(Sampler):
 
     def __init__(self, rows, seed, batch_size, parts=1):
         self.rows, self.seed, self.epoch, self.batch_size = rows, seed, 0, min(batch_size, rows)
-        whole = torch.arange(self.batch_size).chunk(parts)
+        whole = torch.arange(self.batch_size).tensor_split(max(1, min(parts, self.batch_size // 2)))  # batch norm wants two
         if (ranks := place()[1]) > min(map(len, whole)):
             raise InputError(f"{ranks} processes cannot share {min(map(len, whole))} images, a batch or its part: start fewer, "
                              "or give a larger --batch-size or a smaller --grad-accum")

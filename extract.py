@@ -36,6 +36,7 @@ from utils import (
     place,
     processes,
     progress,
+    reading,
     run,
     save_checkpoint,
     save_json,
@@ -74,18 +75,15 @@ def parse_args():
     add("--fold", help="fold number, or 'all' for a run trained on everything; default: every fold")
     add("--weights", help="a checkpoint that was trained elsewhere, the original solution's for one, becomes the run "
         "--arch/--fold")
-    add("--size", type=int, default=256, help="image side in pixels, only with --weights (default 256)")
-    add("--test-size", type=int, nargs="+", help="image sides, embeddings averaged; default: those of the training")
-    add("--gem-p", type=float, help="GeM's p; default: the trained")
+    add("--size", type="count", default=256, help="image side in pixels, only with --weights (default 256)")
+    add("--test-size", type="count", nargs="+", help="image sides, embeddings averaged; default: those of the training")
+    add("--gem-p", type="positive", help="GeM's p; default: the trained")
     add("--adapt-bn", action="store_true", help="embed the test images with batch-norm statistics re-estimated on them: an "
         "embedding then depends on which other test images there are (Li et al., AdaBN, 2016)")
     add("--precision", choices=["auto", "fp32", "bf16", "fp16"], help="default: that of the training")
-    add("--batch-size", type=int, default=0, help="images a batch; 0 = 64 on a CPU, 128 on a GPU, halved until it fits")
-    add("--workers", type=int, default=default_workers(), help="loader processes (default min(16, cores - 1))")
+    add("--batch-size", type="whole", default=0, help="images a batch; 0 = 64 on a CPU, 128 on a GPU, halved until it fits")
     input_flags(parser)
     args = parser.parse_args()
-    if args.batch_size < 0 or min(args.size, *(args.test_size or [1])) < 1 or (args.gem_p is not None and not args.gem_p > 0):
-        parser.error("--batch-size must be 0 or more, --size and --test-size 1 or more, --gem-p more than 0")
     if args.weights and not (args.arch and args.fold):
         parser.error("--weights needs --arch and --fold, which name the run that it becomes")
     return args
@@ -214,11 +212,8 @@ def load_run(folder):
     """The trained model of a run and all that its best.pt holds."""
     path = folder / "best.pt"
     checkpoint = load_checkpoint(path, model=dict, classes=list, args=dict)
-    try:
+    with reading(path, "delete it and train it again", "no model of this project"):
         return build(checkpoint), checkpoint
-    except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
-        reason = str(error).partition("\n")[0]
-        raise InputError(f"{path} does not describe a model of this project ({reason}); delete it and train it again") from None
 
 
 def load_model(folder, stamp, device):
@@ -352,9 +347,9 @@ def load_job(folder, args, about, classes, names, device):
     return {"folder": folder, "model": model, "stamp": stamp, "imported": recorded["epochs"] == 0}
 
 
-def extract(folders, args, train, test, device, first, cache):
+def extract(folders, args, train, test, device, cache):
     """Embeddings of the runs in these folders, unless those on disk are of these checkpoints and rows; runs that are alike
-    share a pass. Interrupted, it goes on from what lies in each run's .extract. `first`: this process writes."""
+    share a pass. Interrupted, it goes on from what lies in each run's .extract."""
     classes, labels = encode(train["label"])
     rows = {"train": (args.input, train["path"])}
     if test is not None:
@@ -379,7 +374,7 @@ def extract(folders, args, train, test, device, first, cache):
                     passes.setdefault(json.dumps([alike_by(job["stamp"]), begun]), []).append(job)
                     locks.push(held.pop_all())
         for kind in list(passes):
-            failed += extract_jointly(passes.pop(kind), args, rows, labels, names, device, first, cache)
+            failed += extract_jointly(passes.pop(kind), args, rows, labels, names, device, cache)
     if failed:
         raise InputError("\n".join(map(str, failed)))
 
@@ -389,11 +384,11 @@ def alike_by(stamp):
     return stamp["sizes"], stamp["resize"], stamp["precision"]
 
 
-def extract_jointly(jobs, args, rows, labels, names, device, first, cache):
+def extract_jointly(jobs, args, rows, labels, names, device, cache):
     """extract runs that are alike, in one pass over the training and one over the test images. Returns what is wrong with those
     whose embeddings are no numbers; the others are written."""
     start, (sizes, how, precision), failed = time.time(), alike_by(jobs[0]["stamp"]), []
-    batch_size = args.batch_size or pick_batch_size(device)
+    batch_size, first = args.batch_size or pick_batch_size(device), place()[0] == 0
     for job in jobs:
         job["model"].to(device)
         job["key"] = json.dumps([job["stamp"], batch_size, device.type, *place()])
@@ -445,7 +440,7 @@ def extract_jointly(jobs, args, rows, labels, names, device, first, cache):
 def main():
     args = parse_args()
     device = pick_device(args.device, args.deterministic)
-    with processes(device) as first:
+    with processes(device):
         train, test = on_first(check_inputs, args)
         if test is None:
             print(f"{args.input}/sample_submission.csv is not there: training images only")
@@ -454,7 +449,7 @@ def main():
             with lock(folder):
                 on_first(import_weights, args, folder, train)
         folders = on_first(finished_runs, args.output, args.arch, args.fold)
-        extract(folders, args, train, test, device, first, Cache(args))
+        extract(folders, args, train, test, device, Cache(args))
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ import math
 import re
 from pathlib import Path
 
-from utils import InputError, load_checkpoint
+from utils import InputError, load_checkpoint, reading
 
 import numpy as np
 import torch
@@ -363,13 +363,10 @@ def load_file(model, path):
     """Load a checkpoint file: ours (best.pt), the original solution's (backbone.net.*, global_pool.p, neck.*, head.weight;
     its images were normalised with the ImageNet mean and std), or a plain timm backbone's."""
     if path.suffix == ".safetensors":
-        from safetensors import SafetensorError  # comes with timm
-        from safetensors.torch import load_file as load_safetensors
+        from safetensors.torch import load_file as load_safetensors  # comes with timm
 
-        try:
+        with reading(f"--weights {path}", "give another file", "not to be read"):
             state = load_safetensors(path)
-        except (SafetensorError, FileNotFoundError) as error:
-            raise InputError(f"--weights {path} cannot be read ({error})") from None
     elif not path.is_file():
         raise InputError(f"--weights {path}: no such file; give auto, none or the path of a checkpoint")
     else:
@@ -391,7 +388,9 @@ def load_file(model, path):
         kind, part, target = "checkpoint", "all", model
     else:
         kind, part, target = "timm backbone", "backbone", model.backbone
-        state = {name: t for name, t in state.items() if not re.match(r"(classifier|head|fc|last_linear)\.", name)}
+        kept = target.state_dict()  # a head's norm is among them (ConvNeXt)
+        state = {name: t for name, t in state.items()
+                 if name in kept or not re.match(r"(classifier|head|fc|last_linear)\.", name)}
     have = {name: tuple(tensor.shape) for name, tensor in target.state_dict().items()}
     want = {name: tuple(tensor.shape) for name, tensor in state.items()}
     if target is model and want.get("head.weight") != have["head.weight"]:  # other classes: a new head, said below

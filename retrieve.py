@@ -24,7 +24,6 @@ from utils import (
     Store,
     Unwritable,
     accuracy,
-    atomic,
     file_fingerprint,
     fingerprint,
     load_json,
@@ -69,7 +68,6 @@ from votes import (
     VOTES,
     WITH_HEAD,
     blocks,
-    check_vote_flags,
     head_scores,
     label,
     vote_flags,
@@ -90,27 +88,17 @@ def parse_args():
         "with it")
     add("--oof", action=argparse.BooleanOptionalAction, default=True,
         help="also score each training image by the runs that did not train on it (default on)")
-    add("--top", type=int, default=0, metavar="N", help="also write top.csv, the N likeliest labels of each test image, for "
-        "contests scored by MAP@N (default 0: no)")
+    add("--top", type="whole", default=0, metavar="N", help="also write top.csv, the N likeliest labels of each test image, "
+        "for contests scored by MAP@N (default 0: no)")
     reject_flag(parser)
     vote_flags(parser)
-    args = parser.parse_args()
-    check_vote_flags(parser, args)
-    check_reject_flag(parser, args)
-    if args.top < 0:
-        parser.error("--top must be 0 or more")
-    return args
+    return parser.parse_args()
 
 
 def reject_flag(parser):
-    parser.add_argument("--reject", type=float, metavar="RATE", help=f"label {UNKNOWN!r} what may be none of the products: of "
-        "photographs of products that are not in the gallery this share still gets a label, 0..1, e.g. 0.05 (default: every "
-        "photograph gets one). scripts/leave_out.py makes the rate true")
-
-
-def check_reject_flag(parser, args):
-    if args.reject is not None and not 0 < args.reject < 1:
-        parser.error("--reject must be more than 0 and less than 1")
+    parser.add_argument("--reject", type="rate", metavar="RATE", help=f"label {UNKNOWN!r} what may be none of the "
+        "products: of photographs of products that are not in the gallery this share still gets a label, 0..1, e.g. 0.05 "
+        "(default: every photograph gets one). scripts/leave_out.py makes the rate true")
 
 
 # -------------------------------------------------------------------------------------------------- runs and their gallery
@@ -123,7 +111,7 @@ def load_runs(output, names, train, test):
     nearest_by_fold; by_fold has it as a number), or None; stamp: its extract.json;
     train, test: embeddings [N, 512], [n, 512] or None; head: class centres [C x centres, 512], of the kind 'arcface', 'softmax'
     or None where it does not fit the classes."""
-    folders = finished_runs(output) if not names else [Path(output) / name for name in names]
+    folders = finished_runs(output) if not names else [Path(output) / name for name in dict.fromkeys(names)]
     fold = load_folds(output, train) if (Path(output) / "folds.csv").exists() else None
     wanted = {"train": ("train.csv", train_fingerprint(train))}
     wanted |= {} if test is None else {"test": ("sample_submission.csv", test_fingerprint(test))}
@@ -214,6 +202,8 @@ def grow(runs, output, train):
     new = pd.DataFrame({"path": added["path"], "label": added["label"]}, number, dtype=object)
     gallery = pd.concat([train.loc[kept, ["path", "label"]], new])
     embeddings = {name: rows for name, *rows in zip(added["runs"], added["stamps"], added["embeddings"], strict=True)}
+    if gallery["label"].nunique() < 2:
+        raise InputError(f"{file} leaves less than two labels in the gallery; add products, or delete it")
     fits, grown = encode(gallery["label"])[0] == encode(train["label"])[0], []
     for r in runs:
         by, more = embeddings.get(r["name"], (None, r["train"][:0]))
@@ -343,8 +333,8 @@ def strangers(runs, grown, fold, own, numbers, output, device):
         rows, gallery = np.flatnonzero(fold == k), Joined([r["train"] for r in after])
         found[str(k)] = np.sort(nearest_stranger([r["train"] for r in out], rows, gallery, own[rows], numbers, device))
     if place()[0] == 0:
-        with contextlib.suppress(Unwritable), atomic(file, own=True) as temporary, open(temporary, "wb") as opened:
-            np.savez(opened, key=key, **found)  # not of retrieve.py alone, which holds the lock
+        with contextlib.suppress(Unwritable):
+            save_npz(file, own=True, key=key, **found)  # own: not of retrieve.py alone, which holds the lock
     return found
 
 
@@ -375,12 +365,12 @@ def left_out(output, train):
     file = Path(output) / LEFT_OUT
     if not file.exists():
         return None
-    left = load_json(file)
+    left = load_json(file, recipes=dict, embedded=dict, strangeness=list)
     same = left.get("train") == train_fingerprint(train)
     for name, recipe in left["recipes"].items():
         args, stamp = (Path(output) / name / file for file in ("args.json", "extract.json"))
         same = same and args.exists() and stamp.exists() and load_json(args) == recipe
-        same = same and embedding_settings(load_json(stamp)) == left["embedded"][name]
+        same = same and embedding_settings(load_json(stamp)) == left["embedded"].get(name)
     return np.array(left["strangeness"]) if same else None
 
 
@@ -508,10 +498,8 @@ def main():
     args = parse_args()
     train, test = load_train(args), load_test(args)
     device = pick_device(args.device)
-    with processes(device) as first, lock(args.output):
-        scores = retrieve(args, device, train, test)
-    if first:
-        print(json.dumps(scores, ensure_ascii=False))
+    with processes(device), lock(args.output):
+        print(json.dumps(retrieve(args, device, train, test), ensure_ascii=False))
 
 
 if __name__ == "__main__":

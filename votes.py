@@ -39,26 +39,19 @@ DEFAULT_VOTES = ["head", "nearest", "sum", "fusion"]  # always scored, for compa
 def vote_flags(parser):
     """The flags of search and votes, for every script that labels."""
     add = parser.add_argument
-    add("--k", type=int, default=5, help="neighbours (default 5)")
-    add("--power", type=float, default=9.0, help="sum, fusion: exponent of the similarity (default 9)")
-    add("--head-power", type=float, default=10.0, help="fusion: exponent of the head's cosine (default 10)")
-    add("--mix", type=float, default=0.5, help="mix: share of the similarity, 0..1 (default 0.5)")
-    add("--graph-k", type=int, default=10, help="expansion, propagation: neighbours (default 10)")
-    add("--alpha", type=float, default=3.0, help="expansion, propagation: exponent of the similarity (default 3)")
-    add("--damping", type=float, default=0.9, help="propagation: share that comes from neighbours, 0..1 (default 0.9)")
+    add("--k", type="count", default=5, help="neighbours (default 5)")
+    add("--power", type="amount", default=9.0, help="sum, fusion: exponent of the similarity (default 9)")
+    add("--head-power", type="amount", default=10.0, help="fusion: exponent of the head's cosine (default 10)")
+    add("--mix", type="share", default=0.5, help="mix: share of the similarity, 0..1 (default 0.5)")
+    add("--graph-k", type="count", default=10, help="expansion, propagation: neighbours (default 10)")
+    add("--alpha", type="amount", default=3.0, help="expansion, propagation: exponent of the similarity (default 3)")
+    add("--damping", type="part", default=0.9, help="propagation: share that comes from neighbours (default 0.9)")
     add("--centre", choices=["own", "joint"], default="own", help="centring: queries and gallery each lose their own mean, or "
         "that of both together (default own)")
-    add("--temperature", type=float, default=0.05, help="recentring: of the softmax over cosines (default 0.05)")
+    add("--temperature", type="positive", default=0.05, help="recentring: of the softmax over cosines (default 0.05)")
     add("--screen", choices=["auto", *SCREENS], default="auto", help="precision of the search's first look; the result is the "
         "same (default auto: the fastest here)")
-    add("--memory", type=float, help="GiB that the search may use (default 1; on a GPU half of what is free)")
-
-
-def check_vote_flags(parser, args):
-    if min(args.k, args.graph_k) < 1 or (args.memory is not None and not args.memory > 0) or not args.temperature > 0:
-        parser.error("--k and --graph-k need at least 1 neighbour, --memory and --temperature more than 0")
-    if not (0 <= args.mix <= 1 and 0 <= args.damping < 1):
-        parser.error("--mix must be 0..1, --damping 0 or more and below 1")
+    add("--memory", type="positive", help="GiB that the search may use (default 1; on a GPU half of what is free)")
 
 
 # ------------------------------------------------------------------------------------ of similarity and label, both [n, k]
@@ -117,21 +110,15 @@ def rows_of(vectors, part):
     return torch.as_tensor(np.array(vectors[part]) if isinstance(vectors, np.ndarray) else vectors[part]).float()
 
 
-def class_sums(vectors, labels, classes):
-    """Sum of the rows of each class, float32 [C, D]."""
-    sums = torch.zeros(classes, vectors.shape[1])
-    for part in blocks(len(vectors)):
-        sums.index_add_(0, torch.as_tensor(labels[part]), rows_of(vectors, part))
-    return sums
-
-
 def recentring(queries, gallery, labels, classes, temperature=0.05, rounds=10):
     """Cosine to class means that the queries take part in: each query counts for class c with the weight
     softmax(cosine / temperature)_c, estimated anew in each round; gallery rows count with weight 1. `queries`, `gallery`:
     normalised. Without a round the nearest class mean; 0 for a class without rows.
     Sources: soft k-means for few-shot classification, Ren et al., Meta-learning for semi-supervised few-shot, ICLR 2018;
     nearest class mean, Mensink et al., Distance-based image classification, PAMI 2013."""
-    known = class_sums(gallery, labels, classes)
+    known = torch.zeros(classes, gallery.shape[1])  # sums of the rows of each class
+    for part in blocks(len(gallery)):
+        known.index_add_(0, torch.as_tensor(labels[part]), rows_of(gallery, part))
     centres = torch.nn.functional.normalize(known)
     for _ in range(rounds):
         sums = known.clone()

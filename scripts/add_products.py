@@ -32,11 +32,8 @@ def parse_args():
     add = parser.add_argument
     add("csv", nargs="?", metavar="NEW.csv", help="images to add: path,label")
     add("--remove", nargs="+", default=[], metavar="LABEL", help="labels to take out of the gallery, before NEW.csv is added")
-    add("--batch-size", type=int, default=64, help="images a batch (default 64)")
-    args = parser.parse_args()
-    if args.batch_size < 1:
-        parser.error("--batch-size must be 1 or more")
-    return args
+    add("--batch-size", type="count", default=64, help="images a batch (default 64)")
+    return parser.parse_args()
 
 
 def content(path):

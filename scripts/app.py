@@ -22,7 +22,7 @@ from pathlib import Path
 from threading import BoundedSemaphore
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from utils import InputError, pick_device, run, script_parser
+from utils import InputError, pick_device, run, script_parser, within
 
 import cv2
 import numpy as np
@@ -31,7 +31,7 @@ from expect import NEIGHBOURS
 from PIL import Image
 
 from dataset import decode_image, encode, read_image
-from retrieve import UNKNOWN, check_reject_flag, reject_flag, rejecter
+from retrieve import UNKNOWN, reject_flag, rejecter
 
 MOST_BYTES, MOST_PIXELS = 32 * 2**20, 64 * 10**6  # of a photograph; the largest phones' by default take 12 MB, 50 megapixels
 WAITING = 8  # photographs that may wait for their label at a time, each in memory
@@ -46,15 +46,12 @@ def parse_args():
     parser = script_parser(__doc__)
     add = parser.add_argument
     add("--runs", nargs="+", metavar="ARCH/foldK", help="runs to join; default: every finished run")
-    add("--k", type=int, default=5, help="training images shown (default 5)")
+    add("--k", type=within(f"[1, {NEIGHBOURS}]", int), default=5, help="training images shown (default 5)")
     reject_flag(parser)
     add("--host", default="127.0.0.1", help="address to listen at; 0.0.0.0: everyone who reaches this machine may use the page "
         "and see the training images (default 127.0.0.1, this machine only)")
-    add("--port", type=int, default=8000, help="0 = any free one (default 8000)")
+    add("--port", type=within("[0, 65535]", int), default=8000, help="0 = any free one (default 8000)")
     args = parser.parse_args()
-    if not 1 <= args.k <= NEIGHBOURS or not 0 <= args.port < 2**16:
-        parser.error(f"--k must be 1..{NEIGHBOURS}, --port 0..65535")
-    check_reject_flag(parser, args)
     args.batch_size = 1
     return args
 

@@ -9,7 +9,6 @@ Writes OUT/<variant>/ (the runs) and appends to OUT/accuracy.csv; what is there 
     python scripts/bench_accuracy.py --input input/grocery --output output/bench_grocery --variants base ema --folds 0 1 2
 """
 
-import argparse
 import subprocess
 import sys
 import time
@@ -76,11 +75,11 @@ def parse_args():
     add("--input", required=True, help="data folder")
     add("--output", required=True, help="folder of the results")
     add("--arch", default="tf_efficientnet_lite0", help="backbone (default tf_efficientnet_lite0)")
-    add("--size", type=int, default=128, help="image side in pixels (default 128)")
-    add("--epochs", type=int, default=4, help="passes of each variant, those of its head alone included (default 4)")
+    add("--size", type="count", default=128, help="image side in pixels (default 128)")
+    add("--epochs", type="count", default=4, help="passes of each variant, those of its head alone included (default 4)")
     add("--fold-by", default="look", choices=["random", "group", "look"], help="what is held out (default look)")
-    add("--folds", nargs="+", type=int, default=[0], help="folds held out, one run each (default 0)")
-    add("--seeds", nargs="+", type=int, default=[9999], help="default 9999")
+    add("--folds", nargs="+", type="whole", default=[0], help="folds held out, one run each (default 0)")
+    add("--seeds", nargs="+", type="seed", default=[9999], help="default 9999")
     add("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS), metavar="NAME",
         help=f"default all: {', '.join(VARIANTS)}")
     return parser.parse_args()
@@ -111,9 +110,7 @@ def train(variant, fold, seed, args):
     if not folds.exists():
         folds.write_bytes((output / "folds.csv").read_bytes())
     last = pd.read_csv(run_folder(output, args.arch, fold) / "log.csv").iloc[-1]
-    return {"variant": variant, "arch": args.arch, "size": args.size, "epochs": args.epochs, "fold_by": args.fold_by,
-            "fold": fold, "seed": seed, "head_acc": last["head_acc"], "retrieval_acc": last["retrieval_acc"],
-            "seconds": round(time.time() - start)}
+    return last[["head_acc", "retrieval_acc"]].to_dict() | {"seconds": round(time.time() - start)}
 
 
 def train_peer(fold, seed, args):
@@ -127,7 +124,7 @@ def train_peer(fold, seed, args):
     precision = "fp32" if precision == "fp16" else precision  # there is no scaler here
     if not (Path(args.output) / "folds.csv").exists():
         raise InputError(f"{args.output}/folds.csv is not there; run another variant first, it draws the folds")
-    parser = argparse.ArgumentParser()
+    parser = script_parser("", folders=False, device=False)
     augmentation_flags(parser)
     recipe = parser.parse_args([])
     recipe.size = args.size
@@ -162,9 +159,7 @@ def train_peer(fold, seed, args):
     gallery, query = (torch.from_numpy(embed(model, part, device, embedding, workers=workers)) for part in parts[1:])
     said = AccuracyCalculator(include=("precision_at_1",), k=1).get_accuracy(
         F.normalize(query), parts[2].labels, F.normalize(gallery), parts[1].labels)
-    return {"variant": PEER, "arch": args.arch, "size": args.size, "epochs": args.epochs, "fold_by": args.fold_by,
-            "fold": fold, "seed": seed, "head_acc": float("nan"), "retrieval_acc": said["precision_at_1"],
-            "seconds": round(time.time() - start)}
+    return {"head_acc": float("nan"), "retrieval_acc": said["precision_at_1"], "seconds": round(time.time() - start)}
 
 
 def main():
@@ -178,7 +173,8 @@ def main():
                 key = (variant, args.arch, args.size, args.epochs, args.fold_by, fold, seed)
                 if any(tuple(row[k] for k in keys) == key for row in rows):
                     continue
-                rows.append(train_peer(fold, seed, args) if variant == PEER else train(variant, fold, seed, args))
+                found = train_peer(fold, seed, args) if variant == PEER else train(variant, fold, seed, args)
+                rows.append(dict(zip(keys, key, strict=True)) | found)
                 save_csv(file, pd.DataFrame(rows))
                 print(rows[-1], flush=True)
     table = pd.DataFrame(rows).groupby("variant", sort=False)[["head_acc", "retrieval_acc", "seconds"]]

@@ -31,8 +31,8 @@ def parse_args():
     add("--catalogues", nargs="+", default=["20x20+15", "80x20+15", "320x20+15", "1000x48+72"], metavar="CxN+M",
         help="products, training and test photographs of each (default 1, 4 and 16 times the demo, and the contest's)")
     add("--arch", default="tf_efficientnet_lite0", help="backbone (default tf_efficientnet_lite0)")
-    add("--size", type=int, default=96, help="image side in pixels (default 96)")
-    add("--epochs", type=int, default=1, help="of the training (default 1)")
+    add("--size", type="count", default=96, help="image side in pixels (default 96)")
+    add("--epochs", type="count", default=1, help="of the training (default 1)")
     args = parser.parse_args()
     for text in args.catalogues:
         if not re.fullmatch(r"[1-9]\d*x[1-9]\d*\+[1-9]\d*", text):

@@ -37,16 +37,13 @@ def parse_args():
     add("--runs", nargs="+", metavar="ARCH/foldK", help="runs to join; default: every finished run")
     add("--shifts", nargs="+", choices=["none", *SHIFTS], default=FEW, metavar="SHIFT",
         help=f"default {' '.join(FEW)}; there are also {', '.join(name for name in SHIFTS if name not in FEW)}")
-    add("--parts", type=int, default=0, help="clusters by middle and by border, as many of each (default 0: none)")
-    add("--n", type=int, default=600, help="test images, drawn at random (default 600)")
-    add("--looks", type=int, default=5, help="see scripts/expect.py (default 5)")
-    add("--altered", type=int, default=60, help="see scripts/expect.py (default 60)")
-    add("--seed", type=int, default=0, help="of the test images and looks (default 0)")
-    add("--workers", type=int, default=default_workers(), help="loader processes (default min(16, cores - 1))")
-    args = parser.parse_args()
-    if min(args.altered, args.looks) < 2 or args.n < 1 or min(args.workers, args.parts) < 0:
-        parser.error("--altered and --looks must be 2 or more, --n 1 or more, --workers and --parts 0 or more")
-    return args
+    add("--parts", type="whole", default=0, help="clusters by middle and by border, as many of each (default 0: none)")
+    add("--n", type="count", default=600, help="test images, drawn at random (default 600)")
+    add("--looks", type="several", default=5, help="see scripts/expect.py (default 5)")
+    add("--altered", type="several", default=60, help="see scripts/expect.py (default 60)")
+    add("--seed", type="seed", default=0, help="of the test images and looks (default 0)")
+    add("--workers", type="whole", default=default_workers(), help="loader processes (default min(16, cores - 1))")
+    return parser.parse_args()
 
 
 def clusters(folder, names, count, seed):

@@ -32,7 +32,7 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from dataset import Cache, Images, cache_flags, default_workers, load_image, make_loader, read_train
+from dataset import Cache, Images, load_image, loader_flags, make_loader, read_train
 from extract import embed_jointly
 from models import Model, fuse_batch_norm
 
@@ -43,22 +43,18 @@ def bench_flags(parser, arch, n):
     """The flags that bench_train.py has, too."""
     add = parser.add_argument
     add("--arch", nargs="+", default=arch, help=f"backbones (default {' '.join(arch)})")
-    add("--size", type=int, default=256, help="image side in pixels (default 256)")
-    add("--n", type=int, default=n, help=f"images of a round (default {n}; fewer are repeated)")
-    add("--repeat", type=int, default=3, help="rounds, each runs every side (default 3)")
+    add("--size", type="count", default=256, help="image side in pixels (default 256)")
+    add("--n", type="count", default=n, help=f"images of a round (default {n}; fewer are repeated)")
+    add("--repeat", type="count", default=3, help="rounds, each runs every side (default 3)")
     add("--precision", choices=["auto", "fp32", "bf16", "fp16"], default="auto", help="of all but the original (default auto)")
-    add("--workers", type=int, default=default_workers(), help="loader processes (default min(16, cores - 1))")
-    cache_flags(parser)
+    loader_flags(parser)
 
 
 def parse_args():
     parser = script_parser(__doc__)
     bench_flags(parser, ["nfnet_l0", "tf_efficientnet_b1"], 512)
-    parser.add_argument("--batch-size", type=int, default=64, help="images a batch (default 64)")
-    args = parser.parse_args()
-    if min(args.size, args.n, args.repeat, args.batch_size) < 1 or args.workers < 0:
-        parser.error("--size, --n, --repeat and --batch-size must be 1 or more, --workers 0 or more")
-    return args
+    parser.add_argument("--batch-size", type="count", default=64, help="images a batch (default 64)")
+    return parser.parse_args()
 
 
 def timed(call, device):

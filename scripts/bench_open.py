@@ -37,12 +37,12 @@ def parse_args():
     parser = script_parser(__doc__)
     add = parser.add_argument
     add("--arch", default="tf_efficientnet_lite0", help="backbone (default tf_efficientnet_lite0)")
-    add("--size", type=int, default=160, help="image side in pixels (default 160)")
-    add("--folds", type=int, nargs="+", default=[0], help="runs, by the fold that they hold out (default 0)")
-    add("--classes", type=int, default=20, help="products left out (default 20)")
-    add("--looks", type=int, default=5, help="see scripts/expect.py (default 5)")
-    add("--draws", type=int, default=5, help="draws of the added images (default 5)")
-    add("--seed", type=int, default=0, help="of the products left out and the draws (default 0)")
+    add("--size", type="count", default=160, help="image side in pixels (default 160)")
+    add("--folds", type="whole", nargs="+", default=[0], help="runs, by the fold that they hold out (default 0)")
+    add("--classes", type="count", default=20, help="products left out (default 20)")
+    add("--looks", type="several", default=5, help="see scripts/expect.py (default 5)")
+    add("--draws", type="count", default=5, help="draws of the added images (default 5)")
+    add("--seed", type="seed", default=0, help="of the products left out and the draws (default 0)")
     return parser.parse_args()
 
 

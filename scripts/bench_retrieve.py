@@ -28,7 +28,7 @@ import torch.nn.functional as F
 from export_index import ENGINES, export
 
 from search import QUERIES, SCREENS, TILE, Joined, pick_screen, topk
-from votes import VOTES, check_vote_flags, label, vote_flags
+from votes import VOTES, label, vote_flags
 
 METHODS = ["ours", "faiss", "sklearn", "torch", "limit"]
 
@@ -38,20 +38,19 @@ def parse_args():
     add = parser.add_argument
     add("--gallery", help="a .npy to search; default: clustered random rows")
     add("--queries", help="the .npy of queries, with --gallery")
-    add("--rows", type=int, default=48000, help="gallery rows (default 48000)")
-    add("--n", type=int, default=8192, help="queries (default 8192)")
-    add("--dim", type=int, default=5120, help="dimensions (default 5120)")
-    add("--classes", type=int, default=1000, help="clusters (default 1000)")
+    add("--rows", type="count", default=48000, help="gallery rows (default 48000)")
+    add("--n", type="count", default=8192, help="queries (default 8192)")
+    add("--dim", type="count", default=5120, help="dimensions (default 5120)")
+    add("--classes", type="count", default=1000, help="clusters (default 1000)")
     add("--methods", nargs="+", choices=METHODS, default=METHODS, help="default all")
     add("--votes", nargs="*", choices=VOTES[2:], default=[], metavar="VOTE",
         help=f"also time these votes once, search included, and their accuracy on the clusters: {' '.join(VOTES[2:])}")
     add("--engines", nargs="*", choices=ENGINES, default=[], metavar="ENGINE", help="also build export_index.py's indices of "
         f"the same rows and print its table of recall and speed: {' '.join(ENGINES)}")
-    add("--repeat", type=int, default=3, help="rounds, each runs every method (default 3)")
-    add("--seed", type=int, default=0, help="of the data (default 0)")
+    add("--repeat", type="count", default=3, help="rounds, each runs every method (default 3)")
+    add("--seed", type="seed", default=0, help="of the data (default 0)")
     vote_flags(parser)
     args = parser.parse_args()
-    check_vote_flags(parser, args)
     if (args.votes or args.engines) and args.gallery:
         parser.error("--votes and --engines need the labels of clustered rows; leave --gallery out")
     if bool(args.gallery) != bool(args.queries):

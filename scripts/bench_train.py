@@ -35,13 +35,13 @@ from models import Model, freeze, loss_sum
 def parse_args():
     parser = script_parser(__doc__)
     bench_flags(parser, ["nfnet_l0", "tf_efficientnet_b1"], 256)
-    parser.add_argument("--batch-size", type=int, default=32, help="images a step (default 32)")
-    parser.add_argument("--freeze", type=int, default=0, metavar="N", help="train.py's, of all but the original (default 0)")
+    parser.add_argument("--batch-size", type="several", default=32, help="images a step (default 32)")
+    parser.add_argument("--freeze", type="whole", default=0, metavar="N",
+                        help="train.py's, of all but the original (default 0)")
     parser.add_argument("--compile", action="store_true", help="train.py's, of all but the original")
     args = parser.parse_args()
-    if min(args.size, args.n // args.batch_size, args.repeat) < 1 or args.batch_size < 2 or min(args.workers, args.freeze) < 0:
-        parser.error("--size and --repeat must be 1 or more, --batch-size 2 or more and no more than --n, --workers and "
-                     "--freeze 0 or more")
+    if args.batch_size > args.n:
+        parser.error("--batch-size must be no more than --n")
     return args
 
 

@@ -25,8 +25,10 @@ from utils import (
     pick_precision,
     printable,
     progress,
+    reading,
     run,
     script_parser,
+    within,
 )
 
 import numpy as np
@@ -46,7 +48,7 @@ from dataset import (
     resize,
 )
 from extract import embed_pass, load_model
-from retrieve import UNKNOWN, by_fold, check_reject_flag, grow, load_runs, reject_flag, rejecter, runs_digest
+from retrieve import UNKNOWN, by_fold, grow, load_runs, reject_flag, rejecter, runs_digest
 from search import as_tensor, merge
 
 
@@ -55,17 +57,13 @@ def parse_args():
     add = parser.add_argument
     add("photos", nargs="+", metavar="PHOTO", help="image files, or folders of them")
     add("--runs", nargs="+", metavar="ARCH/foldK", help="runs to join; default: every finished run")
-    add("--k", type=int, default=5, help="neighbours shown (default 5)")
-    add("--batch-size", type=int, default=64, help="images a batch (default 64)")
+    add("--k", type=within(f"[1, {NEIGHBOURS}]", int), default=5, help="neighbours shown (default 5)")
+    add("--batch-size", type="count", default=64, help="images a batch (default 64)")
     reject_flag(parser)
     form = parser.add_mutually_exclusive_group()
     form.add_argument("--json", action="store_true", help="a list of objects")
     form.add_argument("--csv", action="store_true", help="a line a photograph")
-    args = parser.parse_args()
-    if not 1 <= args.k <= NEIGHBOURS or args.batch_size < 1:
-        parser.error(f"--k must be 1..{NEIGHBOURS}, --batch-size 1 or more")
-    check_reject_flag(parser, args)
-    return args
+    return parser.parse_args()
 
 
 def find_photos(names):
@@ -73,7 +71,7 @@ def find_photos(names):
     photos = []
     for name in map(Path, names):
         if name.is_dir():
-            found = sorted(p for p in name.rglob("*") if p.suffix.lower() in SUFFIXES)
+            found = sorted(p for p in name.rglob("*") if p.suffix.lower() in SUFFIXES and not p.name.startswith("."))
             if not found:
                 raise InputError(f"{name} holds no image ({', '.join(sorted(SUFFIXES))})")
             photos += found
@@ -121,14 +119,12 @@ def load_calibration(args, train, trained, classes, device):
     expected = load_json(file, runs=dict, calibration=dict) if file.exists() else {"runs": None}
     same = expected["runs"] == {r["name"]: runs_digest([r]) for r in trained}
     if same:
-        try:
+        with reading(file, "run it again", "not what scripts/expect.py wrote"):
             found, kept = expected["calibration"], expected["calibration"]["kept"]
             found = {name: np.asarray(found[name], float) for name in ("sharpness", "weights", "offset")}
             found["kept"] = np.array([float(kept.get(label, 1.0)) for label in classes])
             if found["weights"].shape != (3,) or found["offset"].ndim or found["sharpness"].ndim:
                 raise ValueError("not three weights, an offset and a sharpness")
-        except (AttributeError, KeyError, TypeError, ValueError) as error:
-            raise InputError(f"{file} is not what scripts/expect.py wrote ({error}); run it again") from None
         return found
     if by_fold(trained):
         labels, fold = encode(train["label"])[1], load_folds(args.output, train)

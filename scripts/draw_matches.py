@@ -14,7 +14,7 @@ import cv2
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from utils import atomic, run, script_parser
+from utils import atomic, run, script_parser, within
 
 from dataset import load_train, read_csv, read_image, read_solution, resize
 from retrieve import grow, load_neighbours
@@ -25,13 +25,10 @@ GREEN, RED, GREY, INK = (46, 160, 67), (207, 60, 50), (140, 140, 140), (40, 40, 
 def parse_args():
     parser = script_parser(__doc__, device=False)
     add = parser.add_argument
-    add("--rows", type=int, default=6, help="test images drawn (default 6)")
-    add("--seed", type=int, default=0, help="which test images (default 0)")
-    add("--tile", type=int, default=160, help="side of a picture in pixels (default 160)")
-    args = parser.parse_args()
-    if args.rows < 1 or args.tile < 40:
-        parser.error("--rows must be 1 or more, --tile 40 or more")
-    return args
+    add("--rows", type="count", default=6, help="test images drawn (default 6)")
+    add("--seed", type="seed", default=0, help="which test images (default 0)")
+    add("--tile", type=within("[40, inf)", int), default=160, help="side of a picture in pixels (default 160)")
+    return parser.parse_args()
 
 
 def tile(path, side, frame):

@@ -70,7 +70,7 @@ from dataset import (
 )
 from extract import embed_alike
 from retrieve import UNKNOWN, by_fold, check_submission, grow, load_runs, runs_digest
-from search import Joined, topk
+from search import Joined, merge, topk
 
 NEIGHBOURS = 100  # looked at for the evidence: enough that several classes are among them
 LOOKS = 5  # a class is split into, where the folds are not by look
@@ -82,18 +82,13 @@ def parse_args():
     add = parser.add_argument
     add("--runs", nargs="+", metavar="ARCH/foldK", help="runs to join, for the label of the nearest image by them; default: "
         "those of the submission, for its labels, or every finished run")
-    add("--looks", type=int, default=LOOKS, help="looks a class is split into, where the folds are not by look "
-        f"(default {LOOKS})")
-    add("--altered", type=int, default=60, metavar="N", help="training images embedded once more, as they are and altered in "
-        "64 ways (default 60)")
-    add("--workers", type=int, default=default_workers(), help="loader processes (default min(16, cores - 1))")
-    add("--seed", type=int, default=0, help="of looks and samples (default 0)")
-    args = parser.parse_args()
-    if args.looks < 2:
-        parser.error("--looks must be 2 or more")
-    if args.altered < 2 or args.workers < 0:
-        parser.error("--altered must be 2 or more, --workers 0 or more")
-    return args
+    add("--looks", type="several", default=LOOKS, help="looks a class is split into, where the folds are not by "
+        f"look (default {LOOKS})")
+    add("--altered", type="several", default=60, metavar="N", help="training images embedded once more, as they "
+        "are and altered in 64 ways (default 60)")
+    add("--workers", type="whole", default=default_workers(), help="loader processes (default min(16, cores - 1))")
+    add("--seed", type="seed", default=0, help="of looks and samples (default 0)")
+    return parser.parse_args()
 
 
 # ------------------------------------------------------------------------------------------------------------- evidence
@@ -210,8 +205,7 @@ def search_other_looks(queries, gallery, k, device, own=None, looks=None):
         return topk(queries, gallery, k, device=device)
     similarity, index = topk(queries, gallery, k + int(np.bincount(looks).max()), device=device)
     similarity = np.where(looks[index] == own[:, None], np.float32(-np.inf), similarity)
-    order = np.argsort(-similarity, 1, kind="stable")[:, :k]
-    return np.take_along_axis(similarity, order, 1), np.take_along_axis(index, order, 1)
+    return tuple(part.numpy() for part in merge(torch.from_numpy(similarity), torch.from_numpy(index), k))
 
 
 def beyond_chance(votes, prior):

@@ -45,14 +45,11 @@ def parse_args():
     add = parser.add_argument
     add("--engine", required=True, choices=ENGINES, help="what to export to: " + ", ".join(ENGINES))
     add("--runs", nargs="+", metavar="ARCH/foldK", help="runs to join; default: every finished run")
-    add("--k", type=int, default=5, help="neighbours (default 5)")
-    add("--n", type=int, default=2000, help="queries it is measured on, drawn at random where there are more (default 2000)")
-    add("--recall", type=float, default=0.99, help="the index is left at the least effort that finds this share of the "
+    add("--k", type="count", default=5, help="neighbours (default 5)")
+    add("--n", type="count", default=2000, help="queries it is measured on, drawn at random of more (default 2000)")
+    add("--recall", type="share", default=0.99, help="the index is left at the least effort that finds this share of the "
         "nearest, else at the greatest, 0..1 (default 0.99)")
-    args = parser.parse_args()
-    if min(args.k, args.n) < 1 or not 0 <= args.recall <= 1:
-        parser.error("--k and --n must be 1 or more, --recall 0..1")
-    return args
+    return parser.parse_args()
 
 
 def need(module, package):

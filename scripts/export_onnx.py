@@ -49,11 +49,8 @@ class Embedder(nn.Module):
 def parse_args():
     parser = script_parser(__doc__, device=False)
     parser.add_argument("--run", required=True, metavar="ARCH/foldK", help="the run to export")
-    parser.add_argument("--n", type=int, default=16, help="training images that the result is checked on (default 16)")
-    args = parser.parse_args()
-    if args.n < 1:
-        parser.error("--n must be 1 or more")
-    return args
+    parser.add_argument("--n", type="count", default=16, help="training images that the result is checked on (default 16)")
+    return parser.parse_args()
 
 
 def export(model, path):

@@ -30,12 +30,9 @@ def parse_args():
     parser = script_parser(__doc__)
     add = parser.add_argument
     add("--runs", nargs="+", metavar="ARCH/foldK", help="runs whose recipe is repeated; default: the first of each backbone")
-    add("--share", type=float, default=0.25, help="share of the products left out, 0..1 (default 0.25)")
-    add("--seed", type=int, default=0, help="of which ones (default 0)")
-    args = parser.parse_args()
-    if not 0 < args.share < 1:
-        parser.error("--share must be more than 0 and less than 1")
-    return args
+    add("--share", type="rate", default=0.25, help="share of the products left out, 0..1 (default 0.25)")
+    add("--seed", type="seed", default=0, help="of which ones (default 0)")
+    return parser.parse_args()
 
 
 def draw(labels, count, seed):

@@ -28,7 +28,7 @@ from collections import Counter
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from utils import InputError, progress, run, save_csv, script_parser
+from utils import InputError, progress, reading, run, save_csv, script_parser
 
 import numpy as np
 import pandas as pd
@@ -42,9 +42,9 @@ def parse_args():
     add("form", choices=FORMS, metavar="|".join(FORMS), help="which data set SRC holds")
     add("source", metavar="SRC", help="folder of the unpacked data set")
     add("--output", help="default input/<form>")
-    add("--test-share", type=float, default=0.2, help="folders without train/ and test/: share of test images; 0 = none, all "
-        "train (default 0.2)")
-    add("--seed", type=int, default=0, help="of that draw (default 0)")
+    add("--test-share", type="part", default=0.2, help="folders without train/ and test/: share of test images; 0 = "
+        "none, all train (default 0.2)")
+    add("--seed", type="seed", default=0, help="of that draw (default 0)")
     add("--copy", action="store_true", help="copy the images instead of linking to SRC")
     add("--columns", nargs=2, metavar=("IMAGE", "LABEL"), help="csv: those of train.csv (default its first two)")
     add("--group", metavar="COLUMN", help="csv: of train.csv, the shop or session of an image (default none)")
@@ -54,8 +54,6 @@ def parse_args():
     add("--hand-in", metavar="SUBMISSION", help="csv: only write hand_in.csv beside this submission.csv or top.csv, in the "
         "form of SRC/sample_submission.csv")
     args = parser.parse_args()
-    if not 0 <= args.test_share < 1:
-        parser.error("--test-share must be 0 or more and less than 1")
     if args.hand_in and args.form != "csv":
         parser.error("--hand-in is for csv")
     args.output = args.output or f"input/{args.form}"
@@ -63,10 +61,8 @@ def parse_args():
 
 
 def read_table(file, **options):
-    try:
+    with reading(file, "give the folder of the data set", "no list of this data set"):
         return pd.read_csv(file, dtype=str, keep_default_na=False, **options)
-    except (OSError, ValueError) as error:
-        raise InputError(f"{file} cannot be read as a list of this data set: {error}") from None
 
 
 def column(table, name, file):

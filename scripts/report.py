@@ -15,7 +15,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from utils import InputError, duration, load_json, pick_device, progress, run, save_text, script_parser
+from utils import InputError, duration, load_json, pick_device, progress, reading, run, save_text, script_parser
 
 import cv2
 import numpy as np
@@ -33,13 +33,10 @@ DOTS = 800  # images of each split on the map
 def parse_args():
     parser = script_parser(__doc__)
     add = parser.add_argument
-    add("--most", type=int, default=400, help="photographs shown: the least confident, the least like the gallery, the wrong "
-        "ones and some at random, a quarter each (default 400)")
-    add("--seed", type=int, default=0, help="of the random ones (default 0)")
-    args = parser.parse_args()
-    if args.most < 1:
-        parser.error("--most must be 1 or more")
-    return args
+    add("--most", type="count", default=400, help="photographs shown: the least confident, the least like the gallery, the "
+        "wrong ones and some at random, a quarter each (default 400)")
+    add("--seed", type="seed", default=0, help="of the random ones (default 0)")
+    return parser.parse_args()
 
 
 def thumbnail(path):
@@ -91,14 +88,12 @@ def curves(output, runs):
     for r in runs:
         log = output / r["name"] / "log.csv"
         if log.exists():
-            try:
+            with reading(log, "delete it; train.py writes it anew"):
                 table = pd.read_csv(log)
                 points = {key: table[["epoch", name]].dropna().astype(float).values.tolist()
                           for key, name in [("accuracy", "retrieval_acc"), ("loss", "train_loss")]}
                 best = table[table["retrieval_acc"] == table["retrieval_acc"].max()]
                 kept, seconds = best[["head_acc", "retrieval_acc"]].astype(float).values.tolist(), float(table["seconds"].sum())
-            except (KeyError, ValueError, TypeError) as error:
-                raise InputError(f"{log} is damaged ({error}); delete it; train.py writes it anew") from None
             head, nearest = kept[-1] if kept else (None, None)
             result.append({"name": r["name"], "head": head, "nearest": nearest, "time": duration(seconds), **points})
     return result

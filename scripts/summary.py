@@ -20,7 +20,7 @@ from utils import InputError, duration, load_json, lock, pick_device, printable,
 
 from dataset import encode, load_folds, load_test, load_train, number_of, read_csv, read_solution, read_test, with_bad
 from retrieve import fitting, grow, label_oof, label_test, load_runs, score, scratch
-from votes import DEFAULT_VOTES, VOTES, check_vote_flags, vote_flags
+from votes import DEFAULT_VOTES, VOTES, vote_flags
 
 CONFUSED = 10  # pairs of labels that are shown
 NAMES = {"head": "classifier head", "nearest": "nearest neighbour"}
@@ -33,9 +33,7 @@ def parse_args():
         help=f"columns (default {' '.join(DEFAULT_VOTES)}), of {' '.join(VOTES)}")
     add("--ensemble-only", action="store_true", help="only the row of all runs together")
     vote_flags(parser)
-    args = parser.parse_args()
-    check_vote_flags(parser, args)
-    return args
+    return parser.parse_args()
 
 
 def groups(runs):

@@ -37,7 +37,7 @@ from pathlib import Path
 
 os.environ["OMP_NUM_THREADS"] = "1"  # a process that has threads does not fork safely
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from utils import InputError, load_checkpoint, run, save_text, script_parser
+from utils import InputError, load_checkpoint, run, save_text, script_parser, within
 
 import cv2
 import expect  # noqa: F401
@@ -60,19 +60,16 @@ def parse_args():
     parser = script_parser(__doc__, folders=False, device=False)
     add = parser.add_argument
     add("--parts", nargs="+", choices=PARTS, default=PARTS, help="default all")
-    add("--kills", type=int, default=100, help="SIGKILLs (default 100)")
-    add("--signals", type=int, default=20, help="SIGTERMs and Ctrl-Cs (default 20)")
-    add("--disks", type=int, default=120, help="damaged files and failing disks (default 120)")
-    add("--inputs", type=int, default=2000, help="mutated inputs (default 2000)")
-    add("--health-epochs", type=int, default=30, help="epochs of the long training (default 30)")
-    add("--health-times", type=int, default=16, help="its data, in times of the demo's 400 images (default 16)")
-    add("--folds", type=int, default=5, help="trained of each network, up to 5; the ten-run job has 5 (default 5)")
-    add("--seed", type=int, default=0, help="of all that is random (default 0)")
+    add("--kills", type="whole", default=100, help="SIGKILLs (default 100)")
+    add("--signals", type="whole", default=20, help="SIGTERMs and Ctrl-Cs (default 20)")
+    add("--disks", type="whole", default=120, help="damaged files and failing disks (default 120)")
+    add("--inputs", type="whole", default=2000, help="mutated inputs (default 2000)")
+    add("--health-epochs", type="count", default=30, help="epochs of the long training (default 30)")
+    add("--health-times", type="count", default=16, help="its data, in times of the demo's 400 images (default 16)")
+    add("--folds", type=within("[1, 5]", int), default=5, help="trained of each network; the ten-run job has 5 (default 5)")
+    add("--seed", type="seed", default=0, help="of all that is random (default 0)")
     add("--work", help="folder to work in, kept (default a temporary one, removed when nothing failed)")
-    args = parser.parse_args()
-    if not 1 <= args.folds <= 5:
-        parser.error("--folds must be 1..5")
-    return args
+    return parser.parse_args()
 
 
 # ---------------------------------------------------------------------------------------------------- scripts as processes
@@ -411,6 +408,7 @@ class Campaign:
         start, spent, begun, buffer = time.time(), cpu(pid), memory(pid), b""
         os.set_blocking(out, False)
         while True:
+            ended = os.waitpid(pid, os.WNOHANG)[0]  # before its last words are read
             with contextlib.suppress(BlockingIOError):
                 buffer += os.read(out, 2**16)
             while b"\n" in buffer:
@@ -423,7 +421,7 @@ class Campaign:
                 ends[kind][end] += 1
                 at += 1
                 start, spent, begun = time.time(), cpu(pid), memory(pid)
-            if os.waitpid(pid, os.WNOHANG)[0]:
+            if ended:
                 os.close(out)
                 if at < len(seeds):
                     self.fault(f"input {at}: the process died, or was ended at {SECONDS} s or {MEMORY / 2**30:.0f} GiB")

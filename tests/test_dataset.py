@@ -1,12 +1,12 @@
 """CSV checks, folds, image reading and augmentation."""
 
-import argparse
 import multiprocessing
 import os
 import shutil
 import signal
+from types import SimpleNamespace
 
-from utils import InputError, Unwritable
+from utils import InputError, Unwritable, script_parser
 
 import cv2
 import numpy as np
@@ -243,7 +243,7 @@ def test_a_bad_body_is_found_by_the_full_check_only(photo, tmp_path):
 
 def augment(*flags):
     """augmentation() at 50 px by flags."""
-    parser = argparse.ArgumentParser()
+    parser = script_parser("", folders=False, device=False)
     augmentation_flags(parser)
     args = parser.parse_args([str(flag) for flag in flags])
     args.size = 50
@@ -294,6 +294,10 @@ def test_items_do_not_depend_on_the_workers(data):
     assert not torch.equal(images[(1, 0)][0], images[(2, 0)][0]) and torch.equal(before, torch.get_rng_state())
 
 
+def test_no_part_of_a_batch_is_a_single_image():
+    assert EpochSampler(13, 0, 32, 4).sizes == [4, 3, 3, 3] and EpochSampler(3, 0, 32, 2).sizes == [3]
+
+
 @pytest.fixture
 def folder(data, tmp_path):
     """The data set without what other tests have cached."""
@@ -301,7 +305,7 @@ def folder(data, tmp_path):
 
 
 def make_cache(folder, size=None, on=True):
-    return Cache(argparse.Namespace(input=str(folder), output=str(folder / "o"), cache=on, cache_size=size))
+    return Cache(SimpleNamespace(input=str(folder), output=str(folder / "o"), cache=on, cache_size=size))
 
 
 def filled(folder, names, sizes=(32,), how="squash", part=""):

@@ -227,6 +227,13 @@ def original_state(arch, classes=1000):
                     **{k: torch.rand(s) for k, s in shapes.items()}}
 
 
+def test_a_head_s_norm_is_the_backbone_s(tmp_path):
+    source, model = timm.create_model("convnext_atto", num_classes=3), Model("convnext_atto", 2)
+    torch.save(source.state_dict() | {"head.norm.weight": torch.full_like(source.head.norm.weight, 2.0)}, tmp_path / "c.pth")
+    assert load_weights(model, "convnext_atto", str(tmp_path / "c.pth"))[1] == "backbone"
+    assert (model.backbone.head.norm.weight == 2).all()
+
+
 @pytest.mark.parametrize("arch", ["test_nfnet", "test_efficientnet"])
 def test_original_checkpoint_lands_tensor_for_tensor(arch, tmp_path):
     state = original_state(arch)

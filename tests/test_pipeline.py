@@ -526,6 +526,13 @@ def test_torchrun_gives_the_same_submission(data, output, tmp_path):
     assert all(np.array_equal(one[key], two[key]) for key in ("similarity", "index"))
 
 
+def test_a_run_named_twice_counts_once(data, finished):
+    flags, one = ["--input", data, "--output", finished], "test_nfnet/fold1"
+    script("retrieve.py", *flags, "--runs", one, one)
+    assert list(load_json(finished / "scores.json")["runs"]) == [one]
+    script("scripts/report.py", *flags)
+
+
 def test_retrieve_refuses_what_does_not_belong_together(data, finished, tmp_path):
     other = make_data(tmp_path / "other", test_each=2)
     refused = script("retrieve.py", "--input", other, "--output", finished, code=2)
@@ -572,7 +579,10 @@ def test_original_weights_embed_and_retrieve_without_training(tmp_path):
     (("train.py", "--arch", "test_nfnet", "--fold", "9"), "--fold 9"),
     (("train.py", "--arch", "test_nfnet", "--fold", "0", "--lrr", "1"), "--lrr"),
     (("train.py", "--arch", "test_nfnet", "--fold", "0", "--clip", "hard"), "--clip hard"),
-    (("train.py", "--arch", "test_nfnet", "--fold", "0", "--crop", "2"), "--crop must be 0..1"),
+    (("train.py", "--arch", "test_nfnet", "--fold", "0", "--crop", "2"), "--crop: 2 is no number in [0, 1]"),
+    (("train.py", "--arch", "test_nfnet", "--fold", "0", "--momentum", "0"), "--momentum: 0 is no number in (0, inf)"),
+    (("train.py", "--arch", "test_nfnet", "--fold", "0", "--workers", "-1"), "--workers: -1 is no whole number in [0, inf)"),
+    (("train.py", "--arch", "test_nfnet", "--fold", "0", "--seed", "2.5"), "--seed: 2.5 is no whole number in [0, 4294967295]"),
     (("train.py", "--arch", "test_nfnet", "--fold", "0", "--weights", "none", "--freeze", "1"), "--freeze keeps pretrained"),
     (("train.py", "--arch", "test_nfnet", "--fold", "0", "--mixup", "1", "--cutmix", "1"), "exclude each other"),
     (("train.py", "--arch", "test_nfnet", "--fold", "0", "--weights", "none", "--pseudo", "no.csv"), "no.csv is not there"),
@@ -583,6 +593,7 @@ def test_original_weights_embed_and_retrieve_without_training(tmp_path):
     (("train.py", "--arch", "test_nfnet", "--fold", "0", "--input", "nowhere"), "nowhere/train.csv is not there"),
     (("extract.py",), "run train.py first"),
     (("retrieve.py", "--runs", "test_nfnet/fold0"), "run extract.py first"),
+    (("retrieve.py", "--power", "nan"), "--power: nan is no number in [0, inf)"),
 ])
 def test_bad_flags_are_one_sentence_and_code_2(data, tmp_path, command, message):
     where = () if "--input" in command else ("--input", data)

@@ -126,7 +126,7 @@ def test_rejected_photographs_are_unknown(data, finished, monkeypatch):
         (finished / "left_out.json").write_text(json.dumps(left | other))
         assert retrieve.left_out(finished, read_train(data)) is None
     assert "leave_out.py measures" in script("retrieve.py", *flags, "--reject", 0.95).stderr, "it was for another recipe"
-    assert "--reject must be" in script("retrieve.py", *flags, "--reject", 1, code=2).stderr
+    assert "--reject: 1 is no number in (0, 1)" in script("retrieve.py", *flags, "--reject", 1, code=2).stderr
 
 
 def test_left_out_products_are_trained_without_and_measured(data, finished, monkeypatch):

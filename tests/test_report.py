@@ -41,6 +41,9 @@ def test_a_photo_is_labelled_as_in_the_submission(data, output, tmp_path):
             assert len(near) == 5 and near[0] == paths[neighbours["index"][i, 0]]
 
     check()
+    (data / "test" / "._q00.jpg").write_bytes(b"left by a Mac")
+    check()
+    (data / "test" / "._q00.jpg").unlink()
     script("extract.py", *flags, "--arch", "test_nfnet", "--test-size", 32, 48, "--workers", 1)
     script("retrieve.py", *flags)
     assert not (output / "confidence.csv").exists()  # it was of the former submission
