@@ -111,7 +111,7 @@ class IvfPq(Faiss):
 
     def describe(self, rows, width):
         enough_for_codes(rows, "ivfpq")
-        return f"IVF{lists(rows)},PQ{width // 8}"
+        return f"IVF{lists(rows)},PQ{width // 8}np"  # np: codes are not sorted for a Hamming filter, which is not used here
 
 
 class IvfPqRefined(IvfPq):
