@@ -259,16 +259,17 @@ def observe(part, sharpness, prior):
 
 
 def learn(sets, prior):
-    """What is learned by all sets of altered_sets, and by all but those that share an alteration with one of them, for each
-    altered one: (learned, errors), the latter [m] what is expected of it by that less what is true."""
-    sharpness, least = fit_sharpness(sets[0]["best"], sets[0]["truth"]), 1 / (len(sets[0]["truth"]) + 2)
-    observed, found = [observe(part, sharpness, prior) for part in sets], []
+    """(what is learned by all sets of altered_sets, its error): the error of what is expected of an altered set by all others
+    but those that share an alteration with it, root mean square, less what so few images err in the truth itself."""
+    sharpness, count = fit_sharpness(sets[0]["best"], sets[0]["truth"]), len(sets[0]["truth"])
+    observed, squares = [observe(part, sharpness, prior) for part in sets], []
     for own in (part for part in sets if part["names"]):
         others = [seen for part, seen in zip(sets, observed, strict=True) if not set(part["names"]) & set(own["names"])]
         said = own["best"].argmax(1)
-        found.append(confide(own["best"], own["votes"], said, fit(others, sharpness, least), prior).mean()
-                     - accuracy(said, own["truth"]))
-    return fit(observed, sharpness, least), np.array(found)
+        right, learned = accuracy(said, own["truth"]), fit(others, sharpness, 1 / (count + 2))
+        off = confide(own["best"], own["votes"], said, learned, prior).mean() - right
+        squares.append(off**2 - right * (1 - right) / count)
+    return fit(observed, sharpness, 1 / (count + 2)), max(0.0, np.mean(squares)) ** 0.5
 
 
 def fit(observed, sharpness, least):
@@ -405,8 +406,7 @@ def expect(runs, fold, part, labels, grown, numbers, sets, set_prior, args, devi
     said = nearest if said is None else np.where(said < 0, nearest, said)
     votes, evidence = half_votes(grown, queries, numbers, device), probability(best, calibrate(look, truth), said)
     prior = np.bincount(numbers) / len(numbers)
-    learned, errors = learn(sets, set_prior)
-    error = float((errors ** 2).mean() ** 0.5)
+    learned, error = learn(sets, set_prior)
     confidence = confide(best, votes, said, learned, prior)
     calibration = calibrate_alone(best, votes, learned, prior)
     expected = float(confidence.mean())

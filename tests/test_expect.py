@@ -152,7 +152,7 @@ def blurry_set(blur, count=400, classes=8, runs=4, seed=0, collapse=0.0):
 def test_what_is_learned_from_altered_sets_holds_on_another(blur, collapse):
     prior = np.full(8, 1 / 8)
     sets = [blurry_set(b, collapse=c) for b in (0.0, 0.2, 0.4, 0.7, 1.1) for c in (0.0, 0.5, 1.0, 1.5)]
-    (learned, errors), test = expect.learn(sets, prior), blurry_set(blur, seed=1, collapse=collapse)
+    (learned, error), test = expect.learn(sets, prior), blurry_set(blur, seed=1, collapse=collapse)
     said = test["best"].argmax(1)
     confidence, right = expect.confide(test["best"], test["votes"], said, learned, prior), said == test["truth"]
     assert right.mean() < 0.9 and abs(confidence.mean() - right.mean()) < 0.13
@@ -160,7 +160,7 @@ def test_what_is_learned_from_altered_sets_holds_on_another(blur, collapse):
     held = expect.calibrate(sets[4]["best"], sets[4]["truth"])
     if collapse:
         assert expect.probability(test["best"], held).mean() > right.mean() + 0.25, "held-out images do not know collapses"
-    assert np.abs(errors).mean() < 0.15
+    assert 0.03 < error < 0.2
     assert abs(learned["excess"].predict([[1e3, 1e3]])[0]) < 1e-9, "nothing is corrected far from all that is known"
     alone = expect.calibrate_alone(test["best"], test["votes"], learned, prior)
     assert np.allclose(expect.confide_alone(test["best"], test["votes"], alone), confidence)
