@@ -138,7 +138,7 @@ def load_train(args):
     table = read_train(args.input, args.allow_outside)
     good = table[~table["path"].isin(bad_images(args.output, "train"))].reset_index(drop=True)
     if good["label"].nunique() < 2:
-        raise InputError(f"{args.output}/bad_images.csv leaves images of less than two labels of {args.input}/train.csv")
+        raise InputError(f"{args.output}/bad_images.csv leaves images of fewer than two labels of {args.input}/train.csv")
     return good
 
 
@@ -542,10 +542,14 @@ def check_inputs(args, full=False):
     return train, test
 
 
-def loader_flags(parser):
-    """The flags of the scripts that load images by Cache and make_loader."""
+def workers_flag(parser):
     parser.add_argument("--workers", type="whole", default=default_workers(),
                         help="loader processes (default min(16, cores - 1))")
+
+
+def loader_flags(parser):
+    """The flags of the scripts that load images by Cache and make_loader."""
+    workers_flag(parser)
     parser.add_argument("--cache", action=argparse.BooleanOptionalAction, default=True, help="decode and resize each image "
                         "once for all runs and epochs, into INPUT/.cache, where the disk has room (default on)")
     parser.add_argument("--cache-size", type=within("[0, inf]"), metavar="GB", help="most that the cache may take (default: "
@@ -717,8 +721,8 @@ class Images(Dataset):
 
 class EpochSampler(Sampler):
     """Batches of items (epoch, row), all rows once in an order that is a function of (seed, epoch), a last short batch dropped.
-    A batch is computed in `parts` (--grad-accum); .sizes: how many images of each are this process's (torchrun). Set .epoch
-    before each pass."""
+    A batch is computed in `parts` (--grad-accum) of two images or more; .sizes: how many images of each are this process's
+    (torchrun). Set .epoch before each pass."""
 
     def __init__(self, rows, seed, batch_size, parts=1):
         self.rows, self.seed, self.epoch, self.batch_size = rows, seed, 0, min(batch_size, rows)

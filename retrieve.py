@@ -97,7 +97,7 @@ def parse_args():
 
 def reject_flag(parser):
     parser.add_argument("--reject", type="rate", metavar="RATE", help=f"label {UNKNOWN!r} what may be none of the "
-        "products: of photographs of products that are not in the gallery this share still gets a label, 0..1, e.g. 0.05 "
+        "products: of photographs of products that are not in the gallery this share still gets a label, e.g. 0.05 "
         "(default: every photograph gets one). scripts/leave_out.py makes the rate true")
 
 
@@ -111,7 +111,7 @@ def load_runs(output, names, train, test):
     nearest_by_fold; by_fold has it as a number), or None; stamp: its extract.json;
     train, test: embeddings [N, 512], [n, 512] or None; head: class centres [C x centres, 512], of the kind 'arcface', 'softmax'
     or None where it does not fit the classes."""
-    folders = finished_runs(output) if not names else [Path(output) / name for name in dict.fromkeys(names)]
+    folders = dict.fromkeys(Path(output) / name for name in names) if names else finished_runs(output)
     fold = load_folds(output, train) if (Path(output) / "folds.csv").exists() else None
     wanted = {"train": ("train.csv", train_fingerprint(train))}
     wanted |= {} if test is None else {"test": ("sample_submission.csv", test_fingerprint(test))}
@@ -203,7 +203,7 @@ def grow(runs, output, train):
     gallery = pd.concat([train.loc[kept, ["path", "label"]], new])
     embeddings = {name: rows for name, *rows in zip(added["runs"], added["stamps"], added["embeddings"], strict=True)}
     if gallery["label"].nunique() < 2:
-        raise InputError(f"{file} leaves less than two labels in the gallery; add products, or delete it")
+        raise InputError(f"{file} leaves fewer than two labels in the gallery; delete it and add the products again")
     fits, grown = encode(gallery["label"])[0] == encode(train["label"])[0], []
     for r in runs:
         by, more = embeddings.get(r["name"], (None, r["train"][:0]))

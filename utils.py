@@ -287,8 +287,8 @@ def peak_memory(device):
 
 @contextlib.contextmanager
 def processes(device):
-    """Under torchrun, join the group of processes. A process that dies ends the others, so
-    nobody need give up waiting: the first may embed for hours to draw folds."""
+    """Under torchrun, join the group of processes. A process that dies ends the others, so nobody need give up waiting: the
+    first may embed for hours to draw folds."""
     if int(os.environ.get("WORLD_SIZE", 1)) == 1:
         yield
         return
@@ -418,7 +418,7 @@ def reading(path, mend, what="damaged"):
     """What a reader raises for a damaged file, of many kinds, as a sentence; that it cannot be opened stays an OSError."""
     try:
         yield
-    except InputError:
+    except (InputError, ImportError):
         raise
     except Exception as error:
         if isinstance(error, OSError) and error.filename:

@@ -94,7 +94,7 @@ def flags_of(variant, args):
 
 
 def train(variant, fold, seed, args):
-    """One run in its own folder, unless it is finished; returns its row."""
+    """One run in its own folder, unless it is finished; returns its accuracies and seconds."""
     output = Path(args.output) / f"{variant.replace(' ', '_')}_seed{seed}"
     folds = Path(args.output) / "folds.csv"
     if folds.exists() and not (output / "folds.csv").exists():  # the same folds for all variants and seeds
@@ -115,7 +115,7 @@ def train(variant, fold, seed, args):
 
 def train_peer(fold, seed, args):
     """pytorch-metric-learning's ArcFace, with its own margin, scale and nearest-neighbour accuracy, on our backbone, images,
-    order, augmentation, precision and schedule; no class weights, and weight decay on all. Returns its row."""
+    order, augmentation, precision and schedule; no class weights, and weight decay on all. Returns what train does."""
     from pytorch_metric_learning.losses import ArcFaceLoss
     from pytorch_metric_learning.utils.accuracy_calculator import AccuracyCalculator
 

@@ -24,7 +24,7 @@ from alterations import SHIFTS, Altered
 from expect import altered_sets, expect, known_looks
 from sklearn.cluster import KMeans
 
-from dataset import Images, default_workers, encode, load_folds, load_image, load_test, load_train, read_solution
+from dataset import Images, encode, load_folds, load_image, load_test, load_train, read_solution, workers_flag
 from extract import embed_alike
 from retrieve import load_runs
 
@@ -42,7 +42,7 @@ def parse_args():
     add("--looks", type="several", default=5, help="see scripts/expect.py (default 5)")
     add("--altered", type="several", default=60, help="see scripts/expect.py (default 60)")
     add("--seed", type="seed", default=0, help="of the test images and looks (default 0)")
-    add("--workers", type="whole", default=default_workers(), help="loader processes (default min(16, cores - 1))")
+    workers_flag(parser)
     return parser.parse_args()
 
 

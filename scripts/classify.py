@@ -67,11 +67,12 @@ def parse_args():
 
 
 def find_photos(names):
-    """Files as they are, folders as all images below them, sorted."""
+    """Files as they are, folders as all images below them but hidden ones, sorted."""
     photos = []
     for name in map(Path, names):
         if name.is_dir():
-            found = sorted(p for p in name.rglob("*") if p.suffix.lower() in SUFFIXES and not p.name.startswith("."))
+            files = (p for p in name.rglob("*") if p.suffix.lower() in SUFFIXES and p.is_file())
+            found = sorted(p for p in files if not any(part.startswith(".") for part in p.relative_to(name).parts))
             if not found:
                 raise InputError(f"{name} holds no image ({', '.join(sorted(SUFFIXES))})")
             photos += found

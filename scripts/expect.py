@@ -54,7 +54,6 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
 from dataset import (
-    default_workers,
     encode,
     folds_by,
     has_test,
@@ -67,6 +66,7 @@ from dataset import (
     read_solution,
     read_test,
     with_bad,
+    workers_flag,
 )
 from extract import embed_alike
 from retrieve import UNKNOWN, by_fold, check_submission, grow, load_runs, runs_digest
@@ -86,7 +86,7 @@ def parse_args():
         f"look (default {LOOKS})")
     add("--altered", type="several", default=60, metavar="N", help="training images embedded once more, as they "
         "are and altered in 64 ways (default 60)")
-    add("--workers", type="whole", default=default_workers(), help="loader processes (default min(16, cores - 1))")
+    workers_flag(parser)
     add("--seed", type="seed", default=0, help="of looks and samples (default 0)")
     return parser.parse_args()
 
@@ -249,8 +249,8 @@ def signs(best, votes, said, sharpness, prior):
 def observe(part, sharpness, prior):
     """[(signs [m, 5], right [m])] of a set of altered_sets: all its images, and those of a quarter and half the classes."""
     said, found = part["best"].argmax(1), []
-    some = [np.random.default_rng(n).permutation(np.flatnonzero(prior)) for n in (4, 2)]
-    some = [classes[:max(3, len(classes) // n)] for n, classes in zip((4, 2), some, strict=True)]
+    there = np.flatnonzero(prior)
+    some = [np.random.default_rng(n).permutation(there)[:max(3, len(there) // n)] for n in (4, 2)]
     for keep in [slice(None), *(np.isin(part["truth"], classes) for classes in some)]:
         if len(said[keep]) > 1:
             found.append((signs(part["best"][keep], part["votes"][..., keep], said[keep], sharpness, prior),

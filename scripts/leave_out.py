@@ -30,7 +30,7 @@ def parse_args():
     parser = script_parser(__doc__)
     add = parser.add_argument
     add("--runs", nargs="+", metavar="ARCH/foldK", help="runs whose recipe is repeated; default: the first of each backbone")
-    add("--share", type="rate", default=0.25, help="share of the products left out, 0..1 (default 0.25)")
+    add("--share", type="rate", default=0.25, help="share of the products left out (default 0.25)")
     add("--seed", type="seed", default=0, help="of which ones (default 0)")
     return parser.parse_args()
 

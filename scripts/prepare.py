@@ -61,7 +61,9 @@ def parse_args():
 
 
 def read_table(file, **options):
-    with reading(file, "give the folder of the data set", "no list of this data set"):
+    if not Path(file).is_file():
+        raise InputError(f"{file} is not there; give the folder of the unpacked data set, and its form")
+    with reading(file, "unpack the data set again", "no list of this data set"):
         return pd.read_csv(file, dtype=str, keep_default_na=False, **options)
 
 

@@ -385,7 +385,7 @@ class Campaign:
                      f"refused {said['refused']}, accepted {said['accepted']}")
         self.row("input", "all", sum(e.total() for e in ends.values()), sum(e.total() - e["fault"] for e in ends.values()),
                  f"slowest {worst['seconds']:.1f} s, most memory {worst['memory'] / 2**20:.0f} MiB above the start")
-        self.scripts(max(2, count // 50))
+        self.scripts(max(4, count // 50))
 
     def watch(self, cases, seeds, at, ends, worst):
         """Run cases from number `at` on in a child, under a clock and a memory limit. Returns the number to go on from."""
