@@ -35,6 +35,7 @@ from utils import (
     place,
     printable,
     progress,
+    reading,
     regular,
     save_csv,
     save_json,
@@ -50,8 +51,9 @@ import torch
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff"}  # of images, where a folder is searched for them
+SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".heic"}  # of images, where a folder is searched
 FORMATS = ("JPEG", "PNG", "WEBP", "TIFF", "BMP", "GIF", "PPM", "JPEG2000")  # that OpenCV reads, by Pillow's names
+HEIC = b"ftypheic", b"ftypheix", b"ftypmif1"  # where such a file says what it is
 BAD = ["split", "path", "problem"]  # columns of bad_images.csv
 COLUMNS = 10_000  # of a CSV, at most
 
@@ -327,8 +329,8 @@ def folds_by(output):
 
 
 def read_image(path):
-    """Upright RGB uint8 [H, W, 3] of any image OpenCV reads, up to MAX_PIXELS: grey, 16-bit, CMYK, EXIF-rotated; transparency
-    over white."""
+    """Upright RGB uint8 [H, W, 3] of any image OpenCV reads, and HEIC, up to MAX_PIXELS: grey, 16-bit, CMYK, EXIF-rotated;
+    transparency over white."""
     try:
         return decode_image(np.fromfile(regular(path), np.uint8), path)  # not cv2.imread: that fails on some non-ASCII paths
     except (OSError, ValueError) as error:
@@ -338,12 +340,18 @@ def read_image(path):
 def decode_image(data, name):
     """read_image of a file's bytes, uint8 [n]; `name` says in an error which image it is."""
     try:
-        image = cv2.imdecode(data, cv2.IMREAD_COLOR_RGB) if len(data) else None
+        image = raw = None
+        if data[4:12].tobytes() in HEIC:
+            with reading(name, "replace it or leave it out", "no HEIC photograph that can be read"):
+                raw = np.array(open_heic(data.tobytes(), name).to_pillow().convert("RGBA"))
+            image = raw[..., :3].copy()
+        elif len(data):
+            image = cv2.imdecode(data, cv2.IMREAD_COLOR_RGB)
         if image is None:
             raise InputError(f"{name} is no image that OpenCV reads, or has more than {MAX_PIXELS // 10**6} megapixels; "
                              "replace it or leave it out")
         if data[:2].tobytes() != b"\xff\xd8":  # no JPEG: it may have an alpha channel
-            raw = cv2.imdecode(data, cv2.IMREAD_UNCHANGED)
+            raw = cv2.imdecode(data, cv2.IMREAD_UNCHANGED) if raw is None else raw
             if raw is not None and raw.ndim == 3 and raw.shape[2] == 4 and raw.shape[:2] == image.shape[:2]:
                 for part in np.array_split(np.arange(len(image)), -(-image.size // 2**22)):  # float32 of a large one is GiBs
                     rows = slice(part[0], part[-1] + 1)
@@ -351,6 +359,18 @@ def decode_image(data, name):
                     image[rows] = np.rint(image[rows] * alpha + 255 * (1 - alpha)).astype(np.uint8)
     except (ValueError, MemoryError, cv2.error) as error:
         raise InputError(f"{name} cannot be read: {str(error).strip()}") from None
+    return image
+
+
+def open_heic(file, name):
+    """A HEIC file, or its bytes, with its header read. By a package of its own, since OpenCV reads none."""
+    try:
+        import pi_heif
+    except ImportError:
+        raise InputError(f"{name} is a HEIC photograph; to have them read: pip install pi-heif") from None
+    image = pi_heif.open_heif(file)
+    if image.size[0] * image.size[1] > MAX_PIXELS:
+        raise InputError(f"{name} has more than {MAX_PIXELS // 10**6} megapixels; replace it or leave it out")
     return image
 
 
@@ -485,14 +505,20 @@ def find_bad(folder, names, full=False):
         path = Path(folder) / name
         try:
             regular(path)
+            with open(path, "rb") as file:
+                heic = file.read(12)[4:] in HEIC
             if full:
                 read_image(path)
+            elif heic:
+                open_heic(path, name)
             else:
                 with Image.open(path, formats=FORMATS) as image:
                     if image.width * image.height > MAX_PIXELS:
                         return f"more than {MAX_PIXELS // 10**6} megapixels"
         except FileNotFoundError:
             return "not there"
+        except InputError as error:
+            return "HEIC: pip install pi-heif" if "pi-heif" in str(error) else "unreadable"
         except Exception:  # Pillow raises all kinds for a damaged header
             return "unreadable"
 

@@ -1,9 +1,11 @@
 """CSV checks, folds, image reading and augmentation."""
 
+import base64
 import multiprocessing
 import os
 import shutil
 import signal
+import sys
 from types import SimpleNamespace
 
 from utils import InputError, Unwritable, script_parser
@@ -27,6 +29,7 @@ from dataset import (
     augmentation_flags,
     check_images,
     encode,
+    find_bad,
     load_folds,
     make_folds,
     make_loader,
@@ -208,6 +211,40 @@ def test_every_kind_of_image_comes_out_as_upright_rgb(photo, tmp_path):
     assert near(rgba[:, :45], photo[:, :45]) and (rgba[:, 45:] == 255).all()
     Image.fromarray(alpha).save(tmp_path / "clear.webp", lossless=True)
     assert (read_image(tmp_path / "clear.webp")[:, 45:] == 255).all()
+
+
+# 24 x 16 pixels, red, green, blue and transparent quarters, to be turned by 90 degrees.
+TURNED_HEIC = base64.b64decode(
+    "AAAAHGZ0eXBoZWl4AAAAAG1pZjFoZWl4bWlhZgAAAq1tZXRhAAAAAAAAACFoZGxyAAAAAAAAAABwaWN0AAAAAAAAAAAAAAAAAAAAAEZpbG9jAAAAAERAAAMAAQ"
+    "AAAAAC0QABAAAAAAAAAFcAAgAAAAADKAABAAAAAAAAADYAAwAAAAADXgABAAAAAAAAACQAAABNaWluZgAAAAAAAwAAABVpbmZlAgAAAAABAABodmMxAAAAABVp"
+    "bmZlAgAAAAACAABodmMxAAAAABVpbmZlAgAAAQADAABFeGlmAAAAAA5waXRtAAAAAAABAAABt2lwcnAAAAGNaXBjbwAAAHdodmNDAQQIAAAAnjgAAAAAHvAA/P"
+    "/4+AAADwNgAAEAF0ABDAH//wQIAAADAJ44AAADAAAeugJAYQABACpCAQEECAAAAwCeOAAAAwAAHpAEECCy3VXTXNwENBgQAAADAZAAAAMAEIBiAAEACEQBwXMY"
+    "MBiQAAAAE2NvbHJuY2x4AAEADQAGgAAAABRpc3BlAAAAAAAAAEAAAABAAAAAKGNsYXAAAAAYAAAAAQAAABAAAAAB////2AAAAAL////QAAAAAgAAABBwaXhpAA"
+    "AAAAMICAgAAAAJaXJvdAMAAABxaHZjQwEECAAAAJ/4AAAAAB7wAPz8+PgAAA8DYAABABdAAQwB//8ECAAAAwCf+AAAAwAAHroCQGEAAQAmQgEBBAgAAAMAn/gA"
+    "AAMAAB7AggQWW6q6a5sCAAADADIAAAMAAhBiAAEABkQBwXPBiQAAAA5waXhpAAAAAAEIAAAAJ2F1eEMAAAAAdXJuOm1wZWc6aGV2YzoyMDE1OmF1eGlkOjEAAA"
+    "AAImlwbWEAAAAAAAAAAgABBoECAwWEhgACBocDCImEhgAAAChpcmVmAAAAAAAAAA5hdXhsAAIAAQABAAAADmNkc2MAAwABAAEAAAC5bWRhdAAAAFMoAa8JyG0I"
+    "GiOZnz/ZP/7HyEAREBCvksezzH5usMi8fm6RVedU/CUkesBJ7UlIRKL1NTIgJaq1M9kXpW6A9Yawttg0ykqA57k2CaVzQOBgSV3PHAAAADIoAa4TkLcxYHRJk8"
+    "ZzWlAP/bEVXPXuTrXfR+k3MExYVaZHfzk1dw3e/iRHR0DZFRwoLgAAAAZFeGlmAABNTQAqAAAACAABARIAAwAAAAEABgAAAAAAAA==")
+
+
+def test_a_phone_s_heic_is_read_or_the_package_named(tmp_path, monkeypatch):
+    (tmp_path / "a.heic").write_bytes(TURNED_HEIC)
+    (tmp_path / "cut.heic").write_bytes(TURNED_HEIC[:400])
+    with monkeypatch.context() as patch:
+        patch.setitem(sys.modules, "pi_heif", None)  # not installed
+        for full in (True, False):
+            assert find_bad(tmp_path, ["a.heic"], full) == {"a.heic": "HEIC: pip install pi-heif"}
+    pytest.importorskip("pi_heif")
+    image = read_image(tmp_path / "a.heic")
+    assert image.shape == (24, 16, 3)
+    corners = [image[3, 3], image[3, -4], image[-4, 3], image[-4, -4]]
+    assert near(np.array(corners), np.array([(30, 60, 200), (200, 30, 30), (255, 255, 255), (30, 160, 40)]))
+    for full in (True, False):
+        assert find_bad(tmp_path, ["a.heic"], full) == {}
+    assert find_bad(tmp_path, ["cut.heic"], full=True) == {"cut.heic": "unreadable"}
+    monkeypatch.setattr("dataset.MAX_PIXELS", 100)
+    with pytest.raises(InputError, match="megapixels"):
+        read_image(tmp_path / "a.heic")
 
 
 def test_resize_keeps_the_whole_product(photo):

@@ -93,9 +93,9 @@ def test_a_plain_tree_is_split_by_label_and_can_be_copied(tmp_path):
 def test_photographs_without_labels_and_none_to_label(tmp_path):
     source, output = tmp_path / "f", tmp_path / "out"
     photos(source, [f"train/{label}/{i}.jpg" for label in ("a", "b") for i in range(3)] + ["test/8.jpg", "test/9.jpg"])
-    (source / "train" / "b" / "3.HEIC").write_bytes(b"as a phone takes them")
+    (source / "train" / "b" / "3.DNG").write_bytes(b"as a camera takes them")
     said = script("scripts/prepare.py", "folders", source, "--output", output).stderr
-    assert "left out: 1 .heic" in said
+    assert "left out: 1 .dng" in said
     assert read_test(output)["filename"].tolist() == ["test/8.jpg", "test/9.jpg"] and len(read_train(output)) == 6
     assert read_solution(output, ["test/8.jpg"]) is None
     check_images(output / "test", read_test(output)["filename"])
