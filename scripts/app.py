@@ -13,6 +13,7 @@ import html
 import io
 import ipaddress
 import json
+import math
 import socket
 import sys
 import time
@@ -30,7 +31,7 @@ from classify import classify, load, load_calibration
 from expect import NEIGHBOURS
 from PIL import Image
 
-from dataset import decode_image, encode, read_image
+from dataset import HEIC, decode_image, encode, open_heic, read_image
 from retrieve import UNKNOWN, reject_flag, rejecter
 
 MOST_BYTES, MOST_PIXELS = 32 * 2**20, 64 * 10**6  # of a photograph; the largest phones' by default take 12 MB, 50 megapixels
@@ -63,13 +64,13 @@ class Refused(Exception):
 def decode(data):
     """Bytes of an uploaded image -> upright RGB uint8 [H, W, 3]. Its size is known from its header, before it takes memory."""
     try:
-        with Image.open(io.BytesIO(data), formats=FORMATS) as image:
-            pixels = image.width * image.height
+        header = open_heic(data, "") if data[4:12] in HEIC else Image.open(io.BytesIO(data), formats=FORMATS)
+        pixels = math.prod(header.size)
         if pixels <= MOST_PIXELS:
             return decode_image(np.frombuffer(data, np.uint8), "the photograph")
     except Image.DecompressionBombError:
         pixels = np.inf
-    except (InputError, OSError, ValueError, SyntaxError):
+    except (InputError, OSError, ValueError, SyntaxError, RuntimeError, EOFError):  # Pillow's and pi-heif's
         raise Refused(415, f"This is no image that can be read here ({', '.join(FORMATS)}).") from None
     raise Refused(413, f"The image has more than {MOST_PIXELS / 1e6:.0f} megapixels; make it smaller.")
 

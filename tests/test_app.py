@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 from browser import CHROMIUM, Browser
-from conftest import ROOT, script
+from conftest import ROOT, TURNED_HEIC, script
 from PIL import Image
 
 sys.path.insert(0, str(ROOT / "scripts"))
@@ -66,6 +66,14 @@ def test_a_photo_in_its_label_out(data, server):
     status, kind, page = ask(server, "GET", "/")
     assert status == 200 and "4 labels, 24 training images, 2 runs" in page.decode()
     assert state(data, ROOT / "scripts") == before, "nothing is written"
+
+
+def test_a_phone_s_heic_gets_its_label(server, monkeypatch):
+    pytest.importorskip("pi_heif")
+    status, _, said = ask(server, "POST", "/classify", TURNED_HEIC)
+    assert status == 200 and len(said["neighbours"]) == 5
+    monkeypatch.setattr("app.MOST_PIXELS", 100)
+    assert ask(server, "POST", "/classify", TURNED_HEIC)[0] == 413
 
 
 def test_what_is_no_photo_is_refused_in_a_sentence(data, server, monkeypatch):

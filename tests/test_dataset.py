@@ -1,6 +1,5 @@
 """CSV checks, folds, image reading and augmentation."""
 
-import base64
 import multiprocessing
 import os
 import shutil
@@ -14,6 +13,7 @@ import cv2
 import numpy as np
 import pytest
 import torch
+from conftest import TURNED_HEIC
 from PIL import Image
 from torch.utils.data import DataLoader
 from torchvision.transforms import v2
@@ -211,20 +211,6 @@ def test_every_kind_of_image_comes_out_as_upright_rgb(photo, tmp_path):
     assert near(rgba[:, :45], photo[:, :45]) and (rgba[:, 45:] == 255).all()
     Image.fromarray(alpha).save(tmp_path / "clear.webp", lossless=True)
     assert (read_image(tmp_path / "clear.webp")[:, 45:] == 255).all()
-
-
-# 24 x 16 pixels, red, green, blue and transparent quarters, to be turned by 90 degrees.
-TURNED_HEIC = base64.b64decode(
-    "AAAAHGZ0eXBoZWl4AAAAAG1pZjFoZWl4bWlhZgAAAq1tZXRhAAAAAAAAACFoZGxyAAAAAAAAAABwaWN0AAAAAAAAAAAAAAAAAAAAAEZpbG9jAAAAAERAAAMAAQ"
-    "AAAAAC0QABAAAAAAAAAFcAAgAAAAADKAABAAAAAAAAADYAAwAAAAADXgABAAAAAAAAACQAAABNaWluZgAAAAAAAwAAABVpbmZlAgAAAAABAABodmMxAAAAABVp"
-    "bmZlAgAAAAACAABodmMxAAAAABVpbmZlAgAAAQADAABFeGlmAAAAAA5waXRtAAAAAAABAAABt2lwcnAAAAGNaXBjbwAAAHdodmNDAQQIAAAAnjgAAAAAHvAA/P"
-    "/4+AAADwNgAAEAF0ABDAH//wQIAAADAJ44AAADAAAeugJAYQABACpCAQEECAAAAwCeOAAAAwAAHpAEECCy3VXTXNwENBgQAAADAZAAAAMAEIBiAAEACEQBwXMY"
-    "MBiQAAAAE2NvbHJuY2x4AAEADQAGgAAAABRpc3BlAAAAAAAAAEAAAABAAAAAKGNsYXAAAAAYAAAAAQAAABAAAAAB////2AAAAAL////QAAAAAgAAABBwaXhpAA"
-    "AAAAMICAgAAAAJaXJvdAMAAABxaHZjQwEECAAAAJ/4AAAAAB7wAPz8+PgAAA8DYAABABdAAQwB//8ECAAAAwCf+AAAAwAAHroCQGEAAQAmQgEBBAgAAAMAn/gA"
-    "AAMAAB7AggQWW6q6a5sCAAADADIAAAMAAhBiAAEABkQBwXPBiQAAAA5waXhpAAAAAAEIAAAAJ2F1eEMAAAAAdXJuOm1wZWc6aGV2YzoyMDE1OmF1eGlkOjEAAA"
-    "AAImlwbWEAAAAAAAAAAgABBoECAwWEhgACBocDCImEhgAAAChpcmVmAAAAAAAAAA5hdXhsAAIAAQABAAAADmNkc2MAAwABAAEAAAC5bWRhdAAAAFMoAa8JyG0I"
-    "GiOZnz/ZP/7HyEAREBCvksezzH5usMi8fm6RVedU/CUkesBJ7UlIRKL1NTIgJaq1M9kXpW6A9Yawttg0ykqA57k2CaVzQOBgSV3PHAAAADIoAa4TkLcxYHRJk8"
-    "ZzWlAP/bEVXPXuTrXfR+k3MExYVaZHfzk1dw3e/iRHR0DZFRwoLgAAAAZFeGlmAABNTQAqAAAACAABARIAAwAAAAEABgAAAAAAAA==")
 
 
 def test_a_phone_s_heic_is_read_or_the_package_named(tmp_path, monkeypatch):
