@@ -11,6 +11,7 @@ import copy
 import csv
 import functools
 import io
+import math
 import os
 import shutil
 import signal
@@ -343,12 +344,14 @@ def decode_image(data, name):
         image = raw = None
         if data[4:12].tobytes() in HEIC:
             with reading(name, "replace it or leave it out", "no HEIC photograph that can be read"):
-                raw = np.array(open_heic(data.tobytes(), name).to_pillow().convert("RGBA"))
-            image = raw[..., :3].copy()
+                heic = open_heic(io.BytesIO(data), name)
+                if math.prod(heic.size) <= MAX_PIXELS:
+                    raw = np.array(heic.to_pillow().convert("RGBA"))
+                    image = raw[..., :3].copy()
         elif len(data):
             image = cv2.imdecode(data, cv2.IMREAD_COLOR_RGB)
         if image is None:
-            raise InputError(f"{name} is no image that OpenCV reads, or has more than {MAX_PIXELS // 10**6} megapixels; "
+            raise InputError(f"{name} is no image that can be read, or has more than {MAX_PIXELS // 10**6} megapixels; "
                              "replace it or leave it out")
         if data[:2].tobytes() != b"\xff\xd8":  # no JPEG: it may have an alpha channel
             raw = cv2.imdecode(data, cv2.IMREAD_UNCHANGED) if raw is None else raw
@@ -362,16 +365,25 @@ def decode_image(data, name):
     return image
 
 
+class NoHeic(InputError):
+    """A HEIC photograph, and the package that reads them is not installed."""
+
+
 def open_heic(file, name):
-    """A HEIC file, or its bytes, with its header read. By a package of its own, since OpenCV reads none."""
+    """An open HEIC file, its header read; OpenCV reads none."""
     try:
         import pi_heif
     except ImportError:
-        raise InputError(f"{name} is a HEIC photograph; to have them read: pip install pi-heif") from None
-    image = pi_heif.open_heif(file)
-    if image.size[0] * image.size[1] > MAX_PIXELS:
-        raise InputError(f"{name} has more than {MAX_PIXELS // 10**6} megapixels; replace it or leave it out")
-    return image
+        raise NoHeic(f"{name} is a HEIC photograph; to have them read: pip install pi-heif") from None
+    return pi_heif.open_heif(file)
+
+
+def count_pixels(file, name, formats=FORMATS):
+    """Pixels of an open image file, as its header says."""
+    start = file.read(12)
+    file.seek(0)
+    header = open_heic(file, name) if start[4:] in HEIC else Image.open(file, formats=formats)
+    return math.prod(header.size)
 
 
 def resize(image, size, how="squash"):
@@ -505,20 +517,16 @@ def find_bad(folder, names, full=False):
         path = Path(folder) / name
         try:
             regular(path)
-            with open(path, "rb") as file:
-                heic = file.read(12)[4:] in HEIC
             if full:
                 read_image(path)
-            elif heic:
-                open_heic(path, name)
             else:
-                with Image.open(path, formats=FORMATS) as image:
-                    if image.width * image.height > MAX_PIXELS:
+                with open(path, "rb") as file:
+                    if count_pixels(file, name) > MAX_PIXELS:
                         return f"more than {MAX_PIXELS // 10**6} megapixels"
         except FileNotFoundError:
             return "not there"
-        except InputError as error:
-            return "HEIC: pip install pi-heif" if "pi-heif" in str(error) else "unreadable"
+        except NoHeic:
+            return "HEIC: pip install pi-heif"
         except Exception:  # Pillow raises all kinds for a damaged header
             return "unreadable"
 

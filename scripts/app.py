@@ -13,7 +13,6 @@ import html
 import io
 import ipaddress
 import json
-import math
 import socket
 import sys
 import time
@@ -31,7 +30,7 @@ from classify import classify, load, load_calibration
 from expect import NEIGHBOURS
 from PIL import Image
 
-from dataset import HEIC, decode_image, encode, open_heic, read_image
+from dataset import count_pixels, decode_image, encode, read_image
 from retrieve import UNKNOWN, reject_flag, rejecter
 
 MOST_BYTES, MOST_PIXELS = 32 * 2**20, 64 * 10**6  # of a photograph; the largest phones' by default take 12 MB, 50 megapixels
@@ -64,8 +63,7 @@ class Refused(Exception):
 def decode(data):
     """Bytes of an uploaded image -> upright RGB uint8 [H, W, 3]. Its size is known from its header, before it takes memory."""
     try:
-        header = open_heic(data, "") if data[4:12] in HEIC else Image.open(io.BytesIO(data), formats=FORMATS)
-        pixels = math.prod(header.size)
+        pixels = count_pixels(io.BytesIO(data), "the photograph", FORMATS)
         if pixels <= MOST_PIXELS:
             return decode_image(np.frombuffer(data, np.uint8), "the photograph")
     except Image.DecompressionBombError:

@@ -229,6 +229,7 @@ def test_a_phone_s_heic_is_read_or_the_package_named(tmp_path, monkeypatch):
         assert find_bad(tmp_path, ["a.heic"], full) == {}
     assert find_bad(tmp_path, ["cut.heic"], full=True) == {"cut.heic": "unreadable"}
     monkeypatch.setattr("dataset.MAX_PIXELS", 100)
+    assert "megapixels" in find_bad(tmp_path, ["a.heic"])["a.heic"]
     with pytest.raises(InputError, match="megapixels"):
         read_image(tmp_path / "a.heic")
 
