@@ -9,8 +9,9 @@
 # --archs and --folds list the runs (default all folds, of --n-folds); --input, --output name the folders; --rounds 2 trains once
 # more, in output/round2, with the confident test images of the first round; --cards "0 2" takes these cards only (default all,
 # or CUDA_VISIBLE_DEVICES), --cards "cpu cpu" takes two runs at a time to the processor, each with half of its cores;
-# --folds-only draws the demo and the folds and stops; every other flag goes to train.py (--allow-outside to all
-# scripts; --workers, --[no-]cache, --cache-size and --deterministic to extract.py, too, and --workers to expect.py).
+# --folds-only draws the demo and the folds and stops; --vote, --k, --top and --reject go to retrieve.py; every other flag
+# to train.py (--allow-outside to all scripts; --workers, --[no-]cache, --cache-size and --deterministic also to extract.py,
+# --workers to expect.py).
 set -uo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")" || exit 2
 
@@ -22,11 +23,11 @@ ROUNDS=1
 CARDS=
 TRAIN=(--epochs 30 --eval-every 5)  # a validation embeds all images: each epoch it would be half of a GPU's time
 DEVICE=()
-SCRIPTS=() EXTRACT=() EXPECT=()  # flags for all that follow the training, for extract.py, and for expect.py
+SCRIPTS=() EXTRACT=() RETRIEVE=() EXPECT=()  # flags of all that follow the training, and of three of them
 DEMO=
 FOLDS_ONLY=
 
-usage() { sed -n '2,14s/^# \{0,1\}//p' run_all.sh; exit "$1"; }
+usage() { sed -n '2,/^[^#]/s/^# \{0,1\}//p' run_all.sh; exit "$1"; }
 [[ " $* " == *" --demo "* ]] && {
     DEMO=1 INPUT=input/demo OUTPUT=output/demo
     ARCHS="tf_efficientnet_lite0 tf_efficientnet_lite1"
@@ -47,6 +48,7 @@ while (($#)); do
         --deterministic|--cache|--no-cache) TRAIN+=("$1") EXTRACT+=("$1") ;;
         --cache-size) TRAIN+=("$1" "${2:-}") EXTRACT+=("$1" "${2:-}"); shift ;;
         --workers) TRAIN+=("$1" "${2:-}") EXTRACT+=("$1" "${2:-}") EXPECT+=("$1" "${2:-}"); shift ;;
+        --vote|--k|--top|--reject) RETRIEVE+=("$1" "${2:-}"); shift ;;
         --arch|--fold) echo "error: $1 is not for run_all.sh; write --archs \"A B\" or --folds \"0 1\"" >&2; exit 2 ;;
         *) TRAIN+=("$1") ;;
     esac
@@ -140,6 +142,13 @@ trap stop INT TERM
 start=$SECONDS out=$OUTPUT
 . scripts/setup.sh
 echo "set-up,$((SECONDS - start))" >> "$out/times.csv"
+fits() {  # fits SCRIPT FLAGS...: a flag that the script refuses is better known now than in the middle of the night
+    "$PYTHON" -c 'import importlib, sys
+sys.argv[0] = sys.argv.pop(1)
+importlib.import_module(sys.argv[0][:-3]).parse_args()' "$@" || exit
+}
+fits train.py --arch "${archs[0]}" --fold "${folds[0]}" "${TRAIN[@]}"
+((${#RETRIEVE[@]} == 0)) || fits retrieve.py "${RETRIEVE[@]}"
 if [[ -n $DEMO ]]; then
     stage "demo data" "$OUTPUT/make_demo.log" "$PYTHON" scripts/make_demo.py "$INPUT" --classes 20 --test-per-class 15 || exit
 fi
@@ -167,8 +176,11 @@ for ((round = 1; round <= ROUNDS; round++)); do
     while ((${#run_of[@]})); do finish; done
     for script in extract.py retrieve.py scripts/expect.py scripts/report.py scripts/summary.py; do
         name=$(basename "$script" .py) flags=("${DEVICE[@]}" "${SCRIPTS[@]}")
-        [[ $script != extract.py ]] || flags+=("${EXTRACT[@]}")
-        [[ $script != scripts/expect.py ]] || flags+=("${EXPECT[@]}")
+        case $script in
+            extract.py) flags+=("${EXTRACT[@]}") ;;
+            retrieve.py) flags+=("${RETRIEVE[@]}") ;;
+            scripts/expect.py) flags+=("${EXPECT[@]}") ;;
+        esac
         stage "$name" "$out/$name.log" "$PYTHON" "$script" --input "$INPUT" --output "$out" "${flags[@]}" ||
             { failed+=("$script: see $out/$name.log"); [[ $script == scripts/* ]] || { broken=1; break; }; }
     done

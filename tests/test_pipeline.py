@@ -624,13 +624,14 @@ def test_run_all_two_runs_side_by_side_then_skips_them_and_names_a_failure(data,
 
 def test_run_all_in_two_rounds(data, tmp_path):
     flags = ["--archs", "test_nfnet", "--folds", "0", "--input", data, "--output", tmp_path, *TINY, "--epochs", 1,
-             "--rounds", 2, "--pseudo-min", 0]
+             "--rounds", 2, "--pseudo-min", 0, "--vote", "sum", "--top=2"]
     assert run_all(*flags).stdout.count("on these test images expect") == 2
     assert (tmp_path / "round2" / "folds.csv").read_bytes() == (tmp_path / "folds.csv").read_bytes()
     first, second = ((tmp_path / f / "test_nfnet/fold0/train.log").read_text() for f in (".", "round2"))
     count = [int(log.split(" images, ")[0].split()[-1]) for log in (first, second)]
     assert count[1] == count[0] + 12
-    assert (tmp_path / "round2" / "submission.csv").exists()
+    assert json.loads((tmp_path / "round2" / "scores.json").read_text())["vote"] == "sum"
+    assert list(pd.read_csv(tmp_path / "round2" / "top.csv")) == ["filename", "label1", "label2"]
     source = shutil.copytree(data, tmp_path / "d")
     (source / "sample_submission.csv").unlink()
     assert "one round is all" in run_all(*flags, "--input", source, "--folds-only").stdout
@@ -665,6 +666,9 @@ def test_run_all_says_what_is_missing_and_refuses_a_second_copy(data, tmp_path):
     assert "--archs" in run_all("--arch", "test_nfnet", code=2).stderr
     missing = run_all("--input", tmp_path / "nothing", "--output", tmp_path / "o", code=2)
     assert len(missing.stderr.splitlines()) == 3 and "--demo" in missing.stderr
+    for flag, name in [("--epoch", "train.py"), ("--k", "retrieve.py")]:
+        wrong = run_all("--input", data, "--output", tmp_path / "w", flag, "none", code=2)
+        assert f"{name}: error: " in wrong.stderr and not [*(tmp_path / "w").glob("*/fold*")]
     flags = ["--archs", "test_nfnet", "--folds", "0 1 2", "--input", data, "--output", tmp_path / "o", *TINY, "--epochs", 500,
              "--cards", "cpu,cpu"]
     first = subprocess.Popen(["bash", "run_all.sh", *map(str, flags)], cwd=ROOT, stdout=subprocess.PIPE, text=True,
