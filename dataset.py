@@ -13,10 +13,12 @@ import functools
 import io
 import math
 import os
+import re
 import shutil
 import signal
 import sys
 import time
+import unicodedata
 import warnings
 import zlib
 from concurrent.futures import ThreadPoolExecutor
@@ -55,8 +57,10 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".heic"}  # of images, where a folder is searched
 FORMATS = ("JPEG", "PNG", "WEBP", "TIFF", "BMP", "GIF", "PPM", "JPEG2000")  # that OpenCV reads, by Pillow's names
 HEIC = b"ftypheic", b"ftypheix", b"ftypmif1"  # where such a file says what it is
+NO_TYPE = re.compile(rb"infe(?:\x02.{7}|\x03.{9}).{0,3}[\x80-\xff]", re.S)  # of an item of a HEIC: pi-heif 1.4 crashes
 BAD = ["split", "path", "problem"]  # columns of bad_images.csv
 COLUMNS = 10_000  # of a CSV, at most
+Image.MAX_IMAGE_PIXELS = None  # Pillow reads headers only here, and what they say is compared with limits of our own
 
 # --------------------------------------------------------------------------------------------------------------- tables
 
@@ -85,7 +89,8 @@ def read_csv(path, columns, unique=True):
         empty = table.index[table[column].str.strip() == ""]
         if len(empty):
             raise InputError(f"{path}, row {empty[0] + 2}: empty {column}; fill it in or delete the row")
-        returns = table.index[table[column].str.contains("\r", regex=False)]  # Python writes them without quotes: a new row
+    for column in table.columns:
+        returns = table.index[table[column].str.contains("\r", regex=False)]  # pandas writes them without quotes: a new row
         if len(returns):
             raise InputError(f"{path}, row {returns[0] + 2}: a carriage return within the {column}; take it out")
     if table.empty:
@@ -119,6 +124,11 @@ def read_train(folder, outside=False):
     inside(table, "path", path, outside)
     if table["label"].nunique() < 2:
         raise InputError(f"{path} has one label only ({short(table['label'][0])}); classification needs two or more")
+    seen = {}
+    for label in table["label"].unique():
+        twin = seen.setdefault(unicodedata.normalize("NFC", label.strip()), label)
+        if twin != label:
+            raise InputError(f"{path}: the labels {twin!a} and {label!a} look the same; write them alike")
     return table
 
 
@@ -300,6 +310,8 @@ def load_folds(output, train, folds=None, seed=9999, by=None, features=None):
         with lock(output, wait=True):  # runs may start side by side
             if not path.exists():
                 write_folds(path, train, folds, seed, by or "random", features)
+    elif not path.exists():
+        raise InputError(f"{path} is not there; put it back, or run train.py again, which draws the folds")
     table = read_csv(path, ["path", "label", "fold"])
     if "check" in table.columns and ("by" not in table.columns or (table["check"] != folds_check(table)).any()):
         raise InputError(f"{path} is damaged, or was changed by hand; delete it and run train.py again, which draws the same "
@@ -355,7 +367,9 @@ def decode_image(data, name):
                              "replace it or leave it out")
         if data[:2].tobytes() != b"\xff\xd8":  # no JPEG: it may have an alpha channel
             raw = cv2.imdecode(data, cv2.IMREAD_UNCHANGED) if raw is None else raw
-            if raw is not None and raw.ndim == 3 and raw.shape[2] == 4 and raw.shape[:2] == image.shape[:2]:
+            if raw is not None and raw.ndim == 3 and raw.shape[2] == 4:
+                if data[:4].tobytes() in (b"\x89PNG", b"RIFF"):  # whose colours only OpenCV turns
+                    raw = upright(raw, data, name)
                 for part in np.array_split(np.arange(len(image)), -(-image.size // 2**22)):  # float32 of a large one is GiBs
                     rows = slice(part[0], part[-1] + 1)
                     alpha = raw[rows, :, 3:] / np.float32(1 if raw.dtype.kind == "f" else np.iinfo(raw.dtype).max)
@@ -363,6 +377,14 @@ def decode_image(data, name):
     except (ValueError, MemoryError, cv2.error) as error:
         raise InputError(f"{name} cannot be read: {str(error).strip()}") from None
     return image
+
+
+def upright(pixels, data, name):
+    """The pixels [H, W, ...] of an image file's bytes turned as its EXIF orientation says."""
+    with reading(name, "replace it or leave it out"):
+        turn = Image.open(io.BytesIO(data)).getexif().get(0x112, 1)
+    pixels = pixels.swapaxes(0, 1) if turn in (5, 6, 7, 8) else pixels
+    return pixels[::-1 if turn in (3, 4, 7, 8) else 1, ::-1 if turn in (2, 3, 6, 7) else 1]
 
 
 class NoHeic(InputError):
@@ -375,7 +397,10 @@ def open_heic(file, name):
         import pi_heif
     except ImportError:
         raise NoHeic(f"{name} is a HEIC photograph; to have them read: pip install pi-heif") from None
-    return pi_heif.open_heif(file)
+    data = file.read()
+    if NO_TYPE.search(data):
+        raise InputError(f"{name} is damaged; replace it or leave it out")
+    return pi_heif.open_heif(data)
 
 
 def count_pixels(file, name, formats=FORMATS):
@@ -387,14 +412,14 @@ def count_pixels(file, name, formats=FORMATS):
 
 
 def resize(image, size, how="squash"):
-    """uint8 [H, W, 3] -> [size, size, 3] with the whole product: squashed, or padded with black to a square first."""
-    height, width = image.shape[:2]
-    if how == "pad" and height != width:
-        side = max(height, width)
-        top, left = (side - height) // 2, (side - width) // 2
-        image = cv2.copyMakeBorder(image, top, side - height - top, left, side - width - left, cv2.BORDER_CONSTANT)
-    shrink = image.shape[0] * image.shape[1] > size * size
-    return cv2.resize(image, (size, size), interpolation=cv2.INTER_AREA if shrink else cv2.INTER_LINEAR)
+    """uint8 [H, W, 3] -> [size, size, 3] with the whole product: squashed, or with its proportions, amid black."""
+    sides, to = image.shape[:2], (size, size)
+    if how == "pad":
+        to = [max(1, round(side * size / max(sides))) for side in sides]
+    shrink = sides[0] * sides[1] > to[0] * to[1]
+    image = cv2.resize(image, (to[1], to[0]), interpolation=cv2.INTER_AREA if shrink else cv2.INTER_LINEAR)
+    (top, left), (bottom, right) = ([(size - side) // 2 for side in to], [-((side - size) // 2) for side in to])
+    return cv2.copyMakeBorder(image, top, bottom, left, right, cv2.BORDER_CONSTANT) if how == "pad" else image
 
 
 def load_image(path, size, how):
@@ -415,11 +440,17 @@ def record_bytes(size):
     return size * size * 3 + 4
 
 
+def image_crc(file, pixels):
+    """CRC-32 of a cached image and its file's name."""
+    return zlib.crc32(pixels, zlib.crc32(os.fsencode(file)))
+
+
 class Cache:
     """Images below --input, decoded and resized, on disk for all runs, epochs and processes. In INPUT/.cache, or OUTPUT/.cache
     where the input is read-only, 256-squash.u8 holds one uint8 [256, 256, 3] and its CRC-32 after the other;
     256-squash.json names for each file its row, its bytes and its time, and a file that has changed gets a new row. Rows are
-    written before they are named and never again, so what is named is whole, also for those who read while others add."""
+    written before they are named and never again, so what is named is whole, also for those who read while others add. The
+    CRC-32 is of the file's name and the pixels: what another process has put in the place of the file is no match."""
 
     def __init__(self, args):
         self.root, self.on, self.most = args.input, args.cache, args.cache_size
@@ -450,9 +481,9 @@ class Cache:
 
     def fill(self, stamps, size, how):
         """{file: row} of the files {file: [bytes, time]}, those that are new or have changed decoded first."""
-        data, image_bytes = self.path(size, how), record_bytes(size)
-        index = data.with_suffix(".json")
-        known = load_json(index) if index.exists() else {}
+        data, image_bytes, known = self.path(size, how), record_bytes(size), {}  # known: {file: [row, bytes, time]}
+        with contextlib.suppress(FileNotFoundError, InputError):  # a damaged index: all anew
+            known = load_json(data.with_suffix(".json"), files=dict)["files"]
         rows = 1 + max((row for row, *_ in known.values()), default=-1)
         if not data.exists() or data.stat().st_size < rows * image_bytes:
             known, rows = {}, 0
@@ -481,15 +512,16 @@ class Cache:
             file.truncate(rows * record_bytes(size))  # what a kill has left unnamed
             for at in range(0, len(new), 256):  # images in memory
                 part = new[at:at + 256]
-                for image in pool.map(lambda name: load_image(Path(self.root, name), size, how), part):
+                images = pool.map(lambda name: load_image(Path(self.root, name), size, how), part)
+                for name, image in zip(part, images, strict=True):
                     file.write(image)
-                    file.write(zlib.crc32(image).to_bytes(4, "little"))
+                    file.write(image_crc(name, image).to_bytes(4, "little"))
                 known |= {name: [rows + at + i, *stamps[name]] for i, name in enumerate(part)}
                 bar.update(len(part))
                 if at + 256 >= len(new) or time.monotonic() - saved > 30:
                     file.flush()
                     os.fsync(file.fileno())
-                    save_json(data.with_suffix(".json"), known)
+                    save_json(data.with_suffix(".json"), {"files": known})
                     saved = time.monotonic()
 
     def path(self, size, how):
@@ -524,7 +556,8 @@ def find_bad(folder, names, full=False):
                     if count_pixels(file, name) > MAX_PIXELS:
                         return f"more than {MAX_PIXELS // 10**6} megapixels"
         except FileNotFoundError:
-            return "not there"
+            twins = [Path(unicodedata.normalize(form, str(path))) for form in ("NFC", "NFD")]
+            return "not there" + ", but under a name that looks the same (NFC, NFD): rename it" * any(p.exists() for p in twins)
         except NoHeic:
             return "HEIC: pip install pi-heif"
         except Exception:  # Pillow raises all kinds for a damaged header
@@ -569,7 +602,7 @@ def check_inputs(args, full=False):
     check_images(args.input, train["path"], full, instead)
     if test is not None:
         check_images(Path(args.input) / "test", test["filename"], full, instead)
-        read_solution(args.input, test["filename"])
+        read_solution(args.input, read_test(args.input, args.allow_outside)["filename"])
     left_out = [f"{len(bad)} {split} images" for split in ("train", "test") if (bad := bad_images(args.output, split))]
     if left_out:
         print(f"{' and '.join(left_out)} are left out, see {args.output}/bad_images.csv")
@@ -673,7 +706,8 @@ def augmentation(args):
         affine = v2.RandomAffine(args.rotate, (args.shift, args.shift), (1 - args.zoom, 1 + args.zoom))
         steps.append(v2.RandomApply([Affine(affine)], args.affine_p))
     if args.cutout and args.cutout_p:
-        steps.append(v2.RandomErasing(args.cutout_p, (args.cutout**2, args.cutout**2), (1, 1), value=0))
+        area = min(args.cutout, 1 - 1 / args.size) ** 2  # the transform leaves out a square as large as the image
+        steps.append(v2.RandomErasing(args.cutout_p, (area, area), (1, 1), value=0))
     return v2.Compose(steps)
 
 
@@ -729,12 +763,12 @@ class Images(Dataset):
         return other
 
     def cached(self, row):
-        """The image from the cache; None where its bits have changed on disk."""
+        """The image from the cache; None where its bits have changed on disk, or it is another file's."""
         stored = open_cache(*self.stored)
         if stored is None:
             return None
-        record = np.array(stored[self.cache_rows[row]])
-        whole = zlib.crc32(record[:-4]) == int.from_bytes(record[-4:].tobytes(), "little")
+        record, (file,) = np.array(stored[self.cache_rows[row]]), self.cache.files(self.folder, [self.names[row]])
+        whole = image_crc(file, record[:-4]) == int.from_bytes(record[-4:].tobytes(), "little")
         return record[:-4].reshape(self.size, self.size, 3) if whole else None
 
     def decoded(self, row):

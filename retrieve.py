@@ -39,6 +39,7 @@ from utils import (
     save_json,
     save_npz,
     script_parser,
+    within,
 )
 
 import numpy as np
@@ -82,14 +83,15 @@ def parse_args():
     add = parser.add_argument
     add("--runs", nargs="+", metavar="ARCH/foldK", help="runs to join; default: every finished run")
     add("--vote", choices=["auto", *VOTES], default="auto", metavar="VOTE", help="which labels the submission gets (default "
-        "auto: where folds were drawn by look or group, the vote that is right most often out-of-fold; else nearest, since "
-        "folds at random do not see the shift). " + "; ".join(f"{name}: {what}" for name, what in EXPLAINED.items())
+        "auto: where folds were drawn by look or group, and with --oof, the vote that is right most often out-of-fold; else "
+        "nearest, since folds at random do not see the shift). "
+        + "; ".join(f"{name}: {what}" for name, what in EXPLAINED.items())
         + f". {', '.join(TRANSDUCTIVE)} use that all test images are there at once; a label then depends on which others came "
         "with it")
     add("--oof", action=argparse.BooleanOptionalAction, default=True,
         help="also score each training image by the runs that did not train on it (default on)")
-    add("--top", type="whole", default=0, metavar="N", help="also write top.csv, the N likeliest labels of each test image, "
-        "for contests scored by MAP@N (default 0: no)")
+    add("--top", type=within("[0, 1000]", int), default=0, metavar="N", help="also write top.csv, the N likeliest labels of "
+        "each test image, for contests scored by MAP@N (default 0: no)")
     reject_flag(parser)
     vote_flags(parser)
     return parser.parse_args()
@@ -274,13 +276,14 @@ def ranked(queries, gallery, numbers, count, args, device):
     """Class numbers [n, count] of each query's nearest classes, by their nearest rows; numbers [m] are the gallery's. -1 where
     it has no more. The search goes as deep as it must."""
     result, todo, k = np.full((len(queries), count), -1), np.arange(len(queries)), 100
+    there = min(count, len(np.unique(numbers)))
     while len(todo):
         rows = Joined(queries.arrays, todo)
         index = topk(rows, gallery, k, None, device, args.screen, args.memory)[1]
         for row, near in zip(todo, numbers[index], strict=True):
             classes = list(dict.fromkeys(near))[:count]
             result[row, :len(classes)] = classes
-        todo, k = todo[(result[todo] < 0).any(1)] if k < len(gallery) else [], k * 8
+        todo, k = todo[result[todo, there - 1] < 0], k * 8
     return result
 
 
@@ -392,6 +395,10 @@ def rejecter(runs, grown, train, classes, numbers, args, device):
     own = number_of(train["label"], classes)
     found = strangers(runs, grown, load_folds(args.output, train), own, numbers, args.output, device)
     unseen = left_out(args.output, train)
+    count = sum(map(len, found.values())) if unseen is None else len(unseen)
+    if args.reject < 1 / (1 + count):
+        raise InputError(f"--reject {args.reject}: {count} photographs tell what is strange, so give {1 / (1 + count):.2g} or "
+                         "more")
     if unseen is None and place()[0] == 0:
         print("the rate of --reject is that of products which the runs trained on; that of new ones is higher: "
               "scripts/leave_out.py measures by how much, and corrects it", file=sys.stderr)

@@ -10,6 +10,7 @@ with |q| = 1, |g'| <= 1 + |s|, |r| and |s| measured. Sums of D products in float
 (Higham, Accuracy and Stability of Numerical Algorithms, 2002, section 3.1), and bfloat16 products are rounded to 2^-9.
 """
 
+import functools
 import warnings
 
 from utils import InputError, Store, on_first, pick_precision, place, progress
@@ -267,15 +268,22 @@ def search_block(query, gallery, best, own, limit):
     return best, over
 
 
+@functools.cache
+def int8_adds_up():
+    """Whether this CPU's int8 products are exact. Below VNNI (ONEDNN_MAX_CPU_ISA=AVX2) their sums of two end at 2^15."""
+    codes = torch.full((32, 64), 127, dtype=torch.int8)
+    return bool((torch._int_mm(codes, codes.T) == 64 * 127**2).all())
+
+
 def pick_screen(name, device, work):
     """'auto': what the device multiplies fastest; float32 where `work` (products of numbers) is too little to matter."""
     if name != "auto":
-        return name
+        return name if name != "int8" or device.type == "cuda" or int8_adds_up() else "bf16"
     if device.type == "cuda":  # cards older than Ampere (T4, V100) have no bfloat16 units
         return "bf16" if pick_precision("auto", device) == "bf16" else "fp32"
     if work < 1e9 or not in_place(device):
         return "fp32"
-    return "int8" if torch.cpu._is_vnni_supported() else pick_precision("auto", device)
+    return "int8" if torch.cpu._is_vnni_supported() and int8_adds_up() else pick_precision("auto", device)
 
 
 def search(queries, gallery, k, exclude, device, screen, memory, first=0):

@@ -95,7 +95,7 @@ def within(interval, kind=float):
 
 NUMBERS = {"whole": within("[0, inf)", int), "count": within("[1, inf)", int), "several": within("[2, inf)", int),
            "seed": within("[0, 4294967295]", int), "share": within("[0, 1]"), "part": within("[0, 1)"),
-           "rate": within("(0, 1)"), "amount": within("[0, inf)"), "positive": within("(0, inf)")}
+           "rate": within("(0, 1)"), "amount": within("[0, 1e6]"), "positive": within("(0, 1e6]")}
 
 
 def script_parser(doc, folders=True, device=True):
@@ -226,7 +226,7 @@ def pick_device(name="auto", deterministic=False):
         if device.index is not None and device.type == "cuda":
             torch.cuda.set_device(device)  # else threads of PyTorch's own open the first card, too
         torch.ones(1, device=device).add(1).item()  # a card that this build has no code for fails here
-    except RuntimeError as error:
+    except (RuntimeError, AssertionError, ImportError) as error:
         raise InputError(f"--device {name}: {str(error).partition(chr(10))[0]}") from None
     torch.backends.cudnn.allow_tf32, torch.backends.cudnn.benchmark = True, False
     torch.backends.cuda.matmul.allow_tf32 = False

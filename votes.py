@@ -7,7 +7,7 @@ from the queries' own clusters, and a query's label depends on which others came
 
 import warnings
 
-from utils import new_npy, normalise
+from utils import new_npy, normalise, within
 
 import numpy as np
 import torch
@@ -40,18 +40,19 @@ def vote_flags(parser):
     """The flags of search and votes, for every script that labels."""
     add = parser.add_argument
     add("--k", type="count", default=5, help="neighbours (default 5)")
-    add("--power", type="amount", default=9.0, help="sum, fusion: exponent of the similarity (default 9)")
-    add("--head-power", type="amount", default=10.0, help="fusion: exponent of the head's cosine (default 10)")
+    add("--power", type=within("[0, 100]"), default=9.0, help="sum, fusion: exponent of the similarity (default 9)")
+    add("--head-power", type=within("[0, 30]"), default=10.0, help="fusion: exponent of the head's cosine (default 10)")
     add("--mix", type="share", default=0.5, help="mix: share of the similarity, 0..1 (default 0.5)")
     add("--graph-k", type="count", default=10, help="expansion, propagation: neighbours (default 10)")
-    add("--alpha", type="amount", default=3.0, help="expansion, propagation: exponent of the similarity (default 3)")
+    add("--alpha", type=within("[0, 30]"), default=3.0, help="expansion, propagation: exponent of the similarity (default 3)")
     add("--damping", type="part", default=0.9, help="propagation: share that comes from neighbours (default 0.9)")
     add("--centre", choices=["own", "joint"], default="own", help="centring: queries and gallery each lose their own mean, or "
         "that of both together (default own)")
-    add("--temperature", type="positive", default=0.05, help="recentring: of the softmax over cosines (default 0.05)")
+    add("--temperature", type=within("[1e-6, inf)"), default=0.05, help="recentring: of the softmax over cosines (default "
+        "0.05)")
     add("--screen", choices=["auto", *SCREENS], default="auto", help="precision of the search's first look; the result is the "
         "same (default auto: the fastest here)")
-    add("--memory", type="positive", help="GiB that the search may use (default 1; on a GPU half of what is free)")
+    add("--memory", type=within("(0, 1e6]"), help="GiB that the search may use (default 1; on a GPU half of what is free)")
 
 
 # ------------------------------------------------------------------------------------ of similarity and label, both [n, k]
@@ -88,8 +89,6 @@ def of_neighbours(vote, similarity, label, classes, head, args):
     """Scores by the name of the vote. `args` has power, head_power and mix."""
     if vote == "head":
         return head
-    if vote == "nearest":
-        return nearest(similarity, label, classes)
     if vote == "sum":
         return power_sum(similarity, label, classes, args.power)
     if vote == "mix":
@@ -113,20 +112,25 @@ def rows_of(vectors, part):
 def recentring(queries, gallery, labels, classes, temperature=0.05, rounds=10):
     """Cosine to class means that the queries take part in: each query counts for class c with the weight
     softmax(cosine / temperature)_c, estimated anew in each round; gallery rows count with weight 1. `queries`, `gallery`:
-    normalised. Without a round the nearest class mean; 0 for a class without rows.
+    normalised. Without a round the nearest class mean; -inf for a class without gallery rows.
     Sources: soft k-means for few-shot classification, Ren et al., Meta-learning for semi-supervised few-shot, ICLR 2018;
     nearest class mean, Mensink et al., Distance-based image classification, PAMI 2013."""
     known = torch.zeros(classes, gallery.shape[1])  # sums of the rows of each class
     for part in blocks(len(gallery)):
         known.index_add_(0, torch.as_tensor(labels[part]), rows_of(gallery, part))
     centres = torch.nn.functional.normalize(known)
+    empty = torch.from_numpy(np.bincount(labels, minlength=classes) == 0)  # the smallest weight would make it a centre
+
+    def cosine(rows):
+        return (rows @ centres.T).masked_fill(empty, -torch.inf)
+
     for _ in range(rounds):
         sums = known.clone()
         for part in blocks(len(queries)):
             rows = rows_of(queries, part)
-            sums += (rows @ centres.T / temperature).softmax(1).T @ rows
+            sums += (cosine(rows) / temperature).softmax(1).T @ rows
         centres = torch.nn.functional.normalize(sums)
-    return torch.cat([rows_of(queries, part) @ centres.T for part in blocks(len(queries))])
+    return torch.cat([cosine(rows_of(queries, part)) for part in blocks(len(queries))])
 
 
 def mean_row(*sets):
@@ -218,15 +222,19 @@ def label(queries, gallery, labels, classes, heads, args, wanted, device, scratc
     for part in blocks(len(queries), max(1, min(8192, 2**23 // classes))):
         near, number = torch.from_numpy(similarity[part]), torch.from_numpy(labels[index[part]])
         head = heads(part) if heads else None
-        for vote in result.keys() - OF_EMBEDDINGS:
+        for vote in result.keys() - OF_EMBEDDINGS - {"nearest"}:
             scores = of_neighbours(vote, near, number, classes, head, args)
             result[vote][part] = scores.argmax(1).numpy()
+    if "nearest" in wanted:
+        result["nearest"] = labels[index[:, 0]]
     for vote, rounds in [("centroid", 0), ("recentring", 10)]:
         if vote in wanted:
             scores = recentring(queries, gallery, labels, classes, args.temperature, rounds)
             result[vote] = scores.argmax(1).numpy()
     if "centring" in wanted:
-        both = mean_row(queries, gallery) if args.centre == "joint" or len(queries) == 1 else None
+        first = rows_of(queries, slice(1))
+        alike = all((rows_of(queries, part) == first).all() for part in blocks(len(queries)))  # nothing is left of them
+        both = mean_row(queries, gallery) if args.centre == "joint" or alike else None
         result["centring"] = nearest_of(*(centred(x, mean_row(x) if both is None else both, new_scratch(name, x))
                                           for name, x in [("q", queries), ("g", gallery)]))
     if "expansion" in wanted:
@@ -235,7 +243,8 @@ def label(queries, gallery, labels, classes, heads, args, wanted, device, scratc
                                            for name, x, found in zip("qg", (queries, gallery), near, strict=True)))
     if "propagation" in wanted:
         graph = joint_graph(queries, gallery, args.graph_k, search)
-        result["propagation"] = propagation(*graph, labels, classes, args.damping, args.alpha).argmax(1).numpy()
+        score, number = propagation(*graph, labels, classes, args.damping, args.alpha).max(1)
+        result["propagation"] = np.where(score > 0, number, labels[index[:, 0]])  # a burst of alike queries may be an island
     return result, similarity, index
 
 

@@ -28,9 +28,8 @@ import cv2
 import numpy as np
 from classify import classify, load, load_calibration
 from expect import NEIGHBOURS
-from PIL import Image
 
-from dataset import count_pixels, decode_image, encode, read_image
+from dataset import NoHeic, count_pixels, decode_image, encode, read_image
 from retrieve import UNKNOWN, reject_flag, rejecter
 
 MOST_BYTES, MOST_PIXELS = 32 * 2**20, 64 * 10**6  # of a photograph; the largest phones' by default take 12 MB, 50 megapixels
@@ -66,8 +65,8 @@ def decode(data):
         pixels = count_pixels(io.BytesIO(data), "the photograph", FORMATS)
         if pixels <= MOST_PIXELS:
             return decode_image(np.frombuffer(data, np.uint8), "the photograph")
-    except Image.DecompressionBombError:
-        pixels = np.inf
+    except NoHeic as error:
+        raise Refused(415, f"{error}.") from None
     except (InputError, OSError, ValueError, SyntaxError, RuntimeError, EOFError):  # Pillow's and pi-heif's
         raise Refused(415, f"This is no image that can be read here ({', '.join(FORMATS)}).") from None
     raise Refused(413, f"The image has more than {MOST_PIXELS / 1e6:.0f} megapixels; make it smaller.")

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import TURNED_HEIC
-from PIL import Image
+from PIL import Image, ImageOps
 from torch.utils.data import DataLoader
 from torchvision.transforms import v2
 
@@ -53,6 +53,7 @@ from dataset import (
     ("path,label\na.png,x\n../b.png,y\n", "row 3: '../b.png' leaves its folder"),
     ("path,label\na.png,x\n/etc/b.png,y\n", "leaves its folder"),
     ("path,label\na.png,x\nb.png,x\n", "one label only"),
+    ("path,label\na.png,x\nb.png,y\nc.png,x \n", "'x' and 'x ' look the same"),
     ("path,label\na.png,x\nb.png,y,z,w\n", "no readable CSV"),
     ("path,label\na.png,x,1\nb.png,y,2\n", "more fields than its header"),
     ("path,label\na.png,x,\nb.png,y,\n", "more fields than its header"),
@@ -211,6 +212,14 @@ def test_every_kind_of_image_comes_out_as_upright_rgb(photo, tmp_path):
     assert near(rgba[:, :45], photo[:, :45]) and (rgba[:, 45:] == 255).all()
     Image.fromarray(alpha).save(tmp_path / "clear.webp", lossless=True)
     assert (read_image(tmp_path / "clear.webp")[:, 45:] == 255).all()
+    for turn in range(2, 9):  # the mask is turned with the colours
+        exif[0x0112] = turn
+        for kind, how in (("png", {}), ("webp", {"lossless": True})):
+            Image.fromarray(alpha).save(tmp_path / f"turned.{kind}", exif=exif, **how)
+            shown = np.array(ImageOps.exif_transpose(Image.open(tmp_path / f"turned.{kind}")))
+            white = shown[..., 3] == 0
+            image = read_image(tmp_path / f"turned.{kind}")
+            assert (image[white] == 255).all() and (image[~white] == shown[~white][:, :3]).all(), (kind, turn)
 
 
 def test_a_phone_s_heic_is_read_or_the_package_named(tmp_path, monkeypatch):
@@ -228,6 +237,10 @@ def test_a_phone_s_heic_is_read_or_the_package_named(tmp_path, monkeypatch):
     for full in (True, False):
         assert find_bad(tmp_path, ["a.heic"], full) == {}
     assert find_bad(tmp_path, ["cut.heic"], full=True) == {"cut.heic": "unreadable"}
+    at = TURNED_HEIC.index(b"infe\2") + 12
+    for byte in range(at, at + 4):
+        (tmp_path / "cut.heic").write_bytes(TURNED_HEIC[:byte] + b"\xf8" + TURNED_HEIC[byte + 1:])
+        assert find_bad(tmp_path, ["cut.heic"], full=True) == {"cut.heic": "unreadable"}, "it would crash the process"
     monkeypatch.setattr("dataset.MAX_PIXELS", 100)
     assert "megapixels" in find_bad(tmp_path, ["a.heic"])["a.heic"]
     with pytest.raises(InputError, match="megapixels"):
@@ -238,6 +251,8 @@ def test_resize_keeps_the_whole_product(photo):
     assert resize(photo, 32).shape == (32, 32, 3)
     padded = resize(photo, 90, "pad")
     assert padded.shape == (90, 90, 3) and (padded[:15] == 0).all() and near(padded[15:75], photo)
+    line = resize(np.full((1, 900_000, 3), 9, np.uint8), 31, "pad")
+    assert line.shape == (31, 31, 3) and (line[15] == 9).all() and line.sum() == 9 * 31 * 3
 
 
 def test_bad_images_are_listed_in_one_go(data, tmp_path):
@@ -254,6 +269,8 @@ def test_bad_images_are_listed_in_one_go(data, tmp_path):
     train = read_train(data)
     check_images(data, train["path"])
     check_images(data, train["path"], full=True)
+    Image.new("RGB", (8, 8)).save(tmp_path / "\u1112\u1161.png")  # as macOS writes the syllable
+    assert "NFC, NFD" in find_bad(tmp_path, ["\ud558.png"])["\ud558.png"]
 
 
 def test_a_bad_body_is_found_by_the_full_check_only(photo, tmp_path):
@@ -426,7 +443,11 @@ def test_a_builder_that_is_killed_leaves_what_was_whole(folder, monkeypatch):
     data = bytearray(index.with_suffix(".u8").read_bytes())
     data[7000] ^= 4  # a bad disk: this image is decoded
     index.with_suffix(".u8").write_bytes(data)
-    assert equal(Images(folder, names, [0] * 24, 32, cache=filled(folder, names)), Images(folder, names, [0] * 24, 32))
+    first = filled(folder, names)
+    assert equal(Images(folder, names, [0] * 24, 32, cache=first), Images(folder, names, [0] * 24, 32))
+    index.write_text(index.read_text().replace("0", "1", 1))  # damaged: built anew, in another order; the first still goes on
+    filled(folder, names[::-1])
+    assert equal(Images(folder, names, [0] * 24, 32, cache=first), Images(folder, names, [0] * 24, 32))
     images, plain = (Images(folder, names, [0] * 24, 32, cache=c) for c in (filled(folder, names), None))
     index.with_suffix(".u8").rename(folder / "old")
     index.with_suffix(".u8").write_bytes(bytes(reversed((folder / "old").read_bytes())))

@@ -97,7 +97,9 @@ def test_rejected_photographs_are_unknown(data, finished, monkeypatch):
     labels = pd.read_csv(finished / "submission.csv", dtype=str)["prediction"]
     said, rejected = script("retrieve.py", *flags, "--reject", 0.5), []
     assert "leave_out.py measures" in said.stderr
-    for rate in (0.05, 0.5, 0.95):
+    assert "photographs tell what is strange, so give 0.091 or more" in script(
+        "retrieve.py", *flags, "--reject", 0.05, code=2).stderr
+    for rate in (0.1, 0.5, 0.95):
         script("retrieve.py", *flags, "--reject", rate)
         table, truth = (pd.read_csv(f, dtype=str) for f in (finished / "submission.csv", data / "solution.csv"))
         kept = table["prediction"] != "unknown"

@@ -241,10 +241,10 @@ QUERY = np.array([[0.8, 0.6]], np.float32)
 def test_centroid_by_hand():
     mean = np.array([1.6, 0.8]) / np.hypot(1.6, 0.8)
     scores = votes.recentring(QUERY, UNIT, np.array([0, 0, 1]), 3, rounds=0)
-    assert scores[0].tolist() == pytest.approx([QUERY[0] @ mean, 0.6, 0], abs=1e-6)
+    assert scores[0].tolist() == pytest.approx([QUERY[0] @ mean, 0.6, -np.inf], abs=1e-6)
 
 
-def test_the_nearest_classes_are_found_behind_many_images_of_one():
+def test_the_nearest_classes_are_found_behind_many_images_of_one(monkeypatch):
     rng = np.random.default_rng(0)
     centres = np.eye(8)[:3] + 1.0
     numbers = np.repeat([0, 1, 2], [300, 200, 4])
@@ -254,7 +254,10 @@ def test_the_nearest_classes_are_found_behind_many_images_of_one():
     cosine = (queries[:] @ gallery[:].T).numpy()
     wanted = [sorted(range(3), key=lambda c: -row[numbers == c].max()) for row in cosine]
     assert retrieve.ranked(queries, gallery, numbers, 3, args, torch.device("cpu")).tolist() == wanted
-    assert (retrieve.ranked(queries, gallery, numbers, 4, args, torch.device("cpu"))[:, 3] == -1).all()
+    searched = []
+    monkeypatch.setattr(retrieve, "topk", lambda *a: searched.append(len(a[0])) or topk(*a))
+    more = retrieve.ranked(queries, gallery, numbers, 4, args, torch.device("cpu"))
+    assert more[:, :3].tolist() == wanted and (more[:, 3] == -1).all() and searched[:2] == [3, 3] and len(searched) == 2
 
 
 def test_recentring_by_hand():
@@ -262,6 +265,8 @@ def test_recentring_by_hand():
     labels = np.array([0, 1])
     scores = votes.recentring(QUERY, np.array([[1, 0], [0, 1]], np.float32), labels, 2, temperature=1e-3, rounds=1)
     assert scores[0].tolist() == pytest.approx([(1.8 * 0.8 + 0.6 * 0.6) / np.hypot(1.8, 0.6), 0.6], abs=1e-6)
+    more = votes.recentring(QUERY, np.array([[1, 0], [0, 1]], np.float32), labels, 3, temperature=0.05, rounds=10)
+    assert more[0, 2] == -np.inf, "a class without images gets no query, not even a little of one"
 
 
 def test_centring_and_expansion_by_hand():
@@ -279,6 +284,19 @@ def test_centring_of_a_single_query_takes_the_joint_mean(tmp_path):
     query = np.array([[0.1, 0.9]], np.float32)
     said = votes.label(Joined([query]), Joined([UNIT]), np.arange(3), 3, None, args, ["centring"], "cpu", tmp_path)
     assert said[0]["centring"].tolist() == [2]
+    said = votes.label(Joined([query.repeat(3, 0)]), Joined([UNIT]), np.arange(3), 3, None, args, ["centring"], "cpu", tmp_path)
+    assert said[0]["centring"].tolist() == [2, 2, 2], "nor by that of its copies"
+
+
+def test_an_island_of_alike_queries_is_labelled_by_the_nearest_image(tmp_path):
+    """Eleven photographs of one burst have ten neighbours among themselves, and so do the images of the gallery."""
+    rng = np.random.default_rng(3)
+    gallery = np.repeat(np.eye(4, 8), 15, 0) + 0.01 * rng.normal(size=(60, 8))
+    queries = np.eye(4, 8)[[2]] + 0.3 * np.eye(8)[[7]] + 1e-4 * rng.normal(size=(11, 8))
+    args = SimpleNamespace(k=2, graph_k=10, damping=0.9, alpha=3.0, screen="auto", memory=None)
+    labels = np.repeat(np.arange(4), 15)
+    said = votes.label(Joined([queries]), Joined([gallery]), labels, 4, None, args, ["propagation"], "cpu", tmp_path)
+    assert said[0]["propagation"].tolist() == [2] * 11
 
 
 @pytest.mark.filterwarnings("error")
