@@ -106,11 +106,11 @@ def short(text, most=100):
     return repr(text) if len(text) <= most else f"{text[:most]!r}..."
 
 
-def inside(table, column, path, outside=False):
+def inside(table, column, path, outside=False, otherwise=", or --allow-outside"):
     """Refuse a path that would leave its folder, unless `outside`; and control characters, which no photograph's name has."""
     for row, name in enumerate(table[column]):
         if not outside and (PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts):
-            raise InputError(f"{path}, row {row + 2}: {short(name)} leaves its folder; use a path below it, or --allow-outside")
+            raise InputError(f"{path}, row {row + 2}: {short(name)} leaves its folder; use a path below it{otherwise}")
         if CONTROL.search(name):
             raise InputError(f"{path}, row {row + 2}: {short(name)} has a control character; rename the file")
 
@@ -405,10 +405,11 @@ def open_heic(file, name):
 
 def count_pixels(file, name, formats=FORMATS):
     """Pixels of an open image file, as its header says."""
-    start = file.read(12)
-    file.seek(0)
-    header = open_heic(file, name) if start[4:] in HEIC else Image.open(file, formats=formats)
-    return math.prod(header.size)
+    with reading(name, "replace it or leave it out", "no image that can be read"):
+        start = file.read(12)
+        file.seek(0)
+        header = open_heic(file, name) if start[4:] in HEIC else Image.open(file, formats=formats)
+        return math.prod(header.size)
 
 
 def resize(image, size, how="squash"):

@@ -70,8 +70,9 @@ if ((ROUNDS > 1)) && [[ -z $DEMO && ! -f $INPUT/sample_submission.csv ]]; then
     ROUNDS=1
 fi
 mkdir -p "$OUTPUT" || exit 2
-exec 9> "$OUTPUT/.run_all.lock"
-flock -n 9 || { echo "error: another run_all.sh is at work on $OUTPUT; wait for it or stop it" >&2; exit 2; }
+exec 9> "$OUTPUT/.run_all.lock" || exit 2
+flock -n -E 75 9
+(($? != 75)) || { echo "error: another run_all.sh is at work on $OUTPUT; wait for it or stop it" >&2; exit 2; }
 
 cards=(${CARDS//,/ })  # those that train side by side, a run at a time on each
 [[ $CARDS || -z ${CUDA_VISIBLE_DEVICES-} ]] && export CUDA_DEVICE_ORDER=PCI_BUS_ID  # nvidia-smi's numbers
@@ -81,7 +82,7 @@ if [[ -z $CARDS && -z ${DEVICE[*]} ]]; then
     ((${#cards[@]} > 1)) || cards=()
 fi
 if ((${#cards[@]} > 1)); then
-    workers=$(($(nproc) / ${#cards[@]}))
+    workers=$(($(env -u OMP_NUM_THREADS nproc) / ${#cards[@]}))  # it obeys that variable
     threads=${OMP_NUM_THREADS:-$((workers > 1 ? workers : 1))}
     loaders=(--workers $((workers > 16 ? 16 : workers > 1 ? workers : 1)))
     TRAIN=("${loaders[@]}" "${TRAIN[@]}") EXTRACT=("${loaders[@]}" "${EXTRACT[@]}")  # what the user says comes later and counts

@@ -67,7 +67,7 @@ def decode(data):
             return decode_image(np.frombuffer(data, np.uint8), "the photograph")
     except NoHeic as error:
         raise Refused(415, f"{error}.") from None
-    except (InputError, OSError, ValueError, SyntaxError, RuntimeError, EOFError):  # Pillow's and pi-heif's
+    except InputError:
         raise Refused(415, f"This is no image that can be read here ({', '.join(FORMATS)}).") from None
     raise Refused(413, f"The image has more than {MOST_PIXELS / 1e6:.0f} megapixels; make it smaller.")
 
@@ -87,9 +87,9 @@ class Labeller:
     def label(self, photo):
         """The answer for an image uint8 [H, W, 3], ready for JSON."""
         start = time.time()
-        number, confidence, similarity, index, by_fold = classify([photo], self.runs, self.labels, len(self.classes),
+        number, confidence, similarity, index, near_by_fold = classify([photo], self.runs, self.labels, len(self.classes),
                                                                   self.calibration, self.args, self.device)
-        strange = bool(self.rejects and self.rejects(by_fold)[0])
+        strange = bool(self.rejects and self.rejects(near_by_fold)[0])
         near = [{"image": f"image/{j}", "path": self.gallery["path"].iloc[j], "label": self.classes[self.labels[j]],
                  "similarity": round(float(s), 4)} for s, j in zip(similarity[0], index[0], strict=True)]
         return {"label": UNKNOWN if strange else self.classes[number[0]],
@@ -101,17 +101,18 @@ class Labeller:
         return self.computing.submit(lambda: self.label(decode(data))).result()
 
     def training_image(self, row):
-        """JPEG of at most SIDE pixels of a row of train.csv; to be called by any thread."""
+        """JPEG of at most SIDE pixels of a row of the gallery; to be called by any thread."""
         def read():
             image = read_image(Path(self.args.input) / self.gallery["path"].iloc[row])
             scale = min(1, SIDE / max(image.shape[:2]))
-            image = cv2.resize(image, None, fx=scale, fy=scale, interpolation=cv2.INTER_AREA)
+            height, width = (max(1, round(side * scale)) for side in image.shape[:2])
+            image = cv2.resize(image, (width, height), interpolation=cv2.INTER_AREA)
             return cv2.imencode(".jpg", image[..., ::-1], [cv2.IMWRITE_JPEG_QUALITY, 85])[1].tobytes()
         return self.reading.submit(read).result()
 
 
 class Handler(BaseHTTPRequestHandler):
-    """GET / is the page, GET /image/<row of train.csv> a training image; POST /classify, the body an image file, its label."""
+    """GET / is the page, /image/<row of the gallery> a training image; POST /classify, the body an image file, its label."""
 
     timeout = 30  # seconds that a connection may be silent
 
@@ -127,7 +128,7 @@ class Handler(BaseHTTPRequestHandler):
 
     def respond(self, action):
         """Run action(path). What it refuses gets a sentence, and is read to its end, lest the sentence get lost on the way."""
-        length = self.headers.get("Content-Length", "0")
+        length = self.headers.get("Content-Length", "" if self.command == "POST" else "0")
         known = length.isascii() and length.isdecimal() and len(length) < 16 and "Transfer-Encoding" not in self.headers
         self.length = int(length) if known else None
         try:
@@ -168,13 +169,24 @@ class Handler(BaseHTTPRequestHandler):
             raise Refused(411, "The request must say its length, and its body must be the image file.")
         if self.length > MOST_BYTES:
             raise Refused(413, f"The file has more than {MOST_BYTES / 2**20:.0f} MB; make it smaller.")
-        if not self.server.waiting.acquire(blocking=False):
+        if not self.server.waiting.acquire(timeout=self.timeout):
             raise Refused(503, "Many photographs are waiting for their label; try again in a moment.")
         try:
-            data, self.length = self.rfile.read(self.length), 0
-            self.say(200, self.server.labeller.answer(data))
+            self.say(200, self.server.labeller.answer(self.body()))
         finally:
             self.server.waiting.release()
+
+    def body(self):
+        """The bytes of the request, which others may wait for."""
+        if self.headers.get("Expect", "").lower() == "100-continue":  # curl waits for it before more than 1 MB
+            self.wfile.write(b"HTTP/1.1 100 Continue\r\n\r\n")
+        data, until = bytearray(), time.monotonic() + 2 * self.timeout
+        while self.length and (part := self.rfile.read1(min(self.length, 2**16))):
+            data += part
+            self.length -= len(part)
+            if time.monotonic() > until:
+                raise Refused(408, "The photograph took too long to arrive; try again.")
+        return data
 
 
 class Server(ThreadingHTTPServer):

@@ -14,7 +14,7 @@ import cv2
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from utils import atomic, run, script_parser, within
+from utils import InputError, atomic, run, script_parser, within
 
 from dataset import load_train, read_csv, read_image, read_solution, resize
 from retrieve import grow, load_neighbours
@@ -64,11 +64,12 @@ def main():
         tiles += [tile(path, args.tile, GREEN if of == label else RED) for path, of in near]
         gap = np.full((args.tile, 24, 3), 255, np.uint8)
         rows.append(np.hstack([tiles[0], gap, *tiles[1:]]))
-        rows.append(caption(rows[0].shape[1], [f"{'':22}", *(f"   similarity {s:.2f}" for s in similarity[i])], args.tile))
+        rows.append(caption(rows[0].shape[1], ["", *(f"   similarity {s:.2f}" for s in similarity[i])], args.tile))
     heads = ["new photograph", *(f"   nearest {n + 1}" for n in range(index.shape[1]))]
     with atomic(output / "matches.jpg") as temporary:
         ok, data = cv2.imencode(".jpg", np.vstack([caption(rows[0].shape[1], heads, args.tile), *rows])[..., ::-1])
-        assert ok
+        if not ok:
+            raise InputError("the picture is too large for a JPEG (65,500 pixels a side); fewer --rows, or a smaller --tile")
         data.tofile(temporary)
     print(output / "matches.jpg")
 

@@ -11,12 +11,13 @@ Writes output/left_out/ (a data folder of links and the runs) and output/left_ou
 
 import subprocess
 import sys
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from utils import InputError, load_json, pick_device, run, save_csv, save_json, script_parser
 
 import numpy as np
+import pandas as pd
 
 from dataset import encode, load_folds, load_train, read_train, train_fingerprint
 from extract import embed_files, finished_runs, run_folder
@@ -50,11 +51,12 @@ def without(source, train, folder, left, test=False):
         if entry.name not in kept_back and not entry.name.startswith(".") and not link.is_symlink():
             link.symlink_to(entry)
     out = train["label"].isin(left)
-    save_csv(folder / "train.csv", train[~out])
+    paths = [str(Path(source).absolute() / p) if ".." in PurePosixPath(p).parts else p for p in train["path"]]
+    save_csv(folder / "train.csv", train.assign(path=paths)[~out])
     return train[out]
 
 
-def train_again(recorded, source, output, args):
+def train_again(recorded, eval_every, source, output, args):
     """Train and extract a run of the recorded arguments (args.json), on another data folder."""
     flags = ["--input", source, "--output", output, "--device", args.device, *["--allow-outside"] * args.allow_outside]
     shared = len(flags)
@@ -65,7 +67,7 @@ def train_again(recorded, source, output, args):
         elif value is not None and name not in NOT_REPEATED:
             flags += [f"--{flag}", *(value if isinstance(value, list) else [value])]
     run_ = ["--arch", recorded["arch"], "--fold", recorded["fold"]]
-    for command in (["train.py", *flags], ["extract.py", *flags[:shared], *run_]):
+    for command in (["train.py", *flags, "--eval-every", eval_every], ["extract.py", *flags[:shared], *run_]):
         done = subprocess.run([sys.executable, ROOT / command[0], *map(str, command[1:])])
         if done.returncode:
             raise InputError(f"{command[0]} on {source} failed, see above; the same command goes on from there")
@@ -94,14 +96,16 @@ def main():
     save_json(beside / "drawn.json", drawn)
     rows = without(args.input, train, source, draw(train["label"], count, args.seed))
     for recipe in recipes:
-        train_again(recipe, source, beside, args)
+        log = pd.read_csv(run_folder(output, recipe["arch"], recipe["fold"]) / "log.csv")
+        first = int(log["epoch"][log["retrieval_acc"].notna()].min())  # it was validated every so many epochs
+        train_again(recipe, first, source, beside, args)
     device = pick_device(args.device)
 
-    train = read_train(source, args.allow_outside)
+    rest = read_train(source, args.allow_outside)
     names = [str(run_folder(beside, r["arch"], r["fold"]).relative_to(beside)) for r in recipes]
-    runs = load_runs(beside, names, train, None)
-    numbers = encode(train["label"])[1]
-    found = strangers(runs, runs, load_folds(beside, train), numbers, numbers, beside, device)
+    runs = load_runs(beside, names, rest, None)
+    numbers = encode(rest["label"])[1]
+    found = strangers(runs, runs, load_folds(beside, rest), numbers, numbers, beside, device)
     embedded = embed_files(runs, beside, args.input, rows["path"], device)
     runs = [r | {"test": embedded[r["name"]]} for r in runs]
     strange = np.sort(strangeness(nearest_by_fold(runs, device), found))

@@ -280,7 +280,7 @@ def main():
     out, done, begun = args.out, args.out / "demo.json", args.out / "demo.json.part"
     settings = {name: value for name, value in vars(args).items() if name not in ("out", "workers")}
     if done.exists() and (out / "train.csv").exists():
-        if done.read_text() != json.dumps(settings):
+        if done.read_text(errors="replace") != json.dumps(settings):
             fail(f"{out} holds a demo drawn with other arguments; name another folder or delete this one")
         print(f"{out}: already there")
         return
@@ -314,4 +314,10 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except OSError as error:
+        fail(f"{error.filename}: {error.strerror}")
+    except KeyboardInterrupt:
+        print("interrupted; the same command draws it anew", file=sys.stderr)
+        sys.exit(130)

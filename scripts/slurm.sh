@@ -39,6 +39,7 @@ submit() {  # submit NAME SBATCH-OPTIONS -- COMMAND...: prints the job's number
         scripts/slurm_job.sh "$OUTPUT" "$ARCHS" "${folds[*]}" "${@:2}") && echo "${number%%;*}"
 }
 begin=$(submit folds -- bash run_all.sh --folds-only "${flags[@]}") || exit
+[[ -z $FOLDS_ONLY ]] || { echo "submitted: $begin checks the data and draws the folds"; exit; }
 array=$(submit train --array "0-$((${#archs[@]} * ${#folds[@]} - 1))" --dependency "afterok:$begin" -- \
     "$PYTHON" train.py --input "$INPUT" --output "$OUTPUT" "${DEVICE[@]}" "${TRAIN[@]}") || { scancel "$begin"; exit 1; }
 end=$(submit retrieve --dependency "afterok:$begin,afterany:$array" -- bash run_all.sh "${flags[@]}") || { scancel "$begin" "$array"; exit 1; }

@@ -4,6 +4,7 @@ import http.client
 import io
 import json
 import shutil
+import socket
 import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
@@ -84,10 +85,11 @@ def test_what_is_no_photo_is_refused_in_a_sentence(data, server, monkeypatch):
     connection = http.client.HTTPConnection("127.0.0.1", server.server_port, timeout=60)
     connection.request("POST", "/classify", iter([photo]), encode_chunked=True, headers={"Transfer-Encoding": "chunked"})
     assert connection.getresponse().status == 411
-    for number in ("-1", "1e9", "9" * 40):
+    for number in ("-1", "1e9", "9" * 40, None):
         connection = http.client.HTTPConnection("127.0.0.1", server.server_port, timeout=60)
         connection.putrequest("POST", "/classify")
-        connection.putheader("Content-Length", number)
+        if number:
+            connection.putheader("Content-Length", number)
         connection.endheaders()
         assert connection.getresponse().status == 411
     with monkeypatch.context() as patch:
@@ -103,6 +105,12 @@ def test_what_is_no_photo_is_refused_in_a_sentence(data, server, monkeypatch):
     status, _, said = ask(server, "POST", "/classify", huge.getvalue())
     assert status == 413 and "megapixels" in said["error"], "a small file that would unfold to a large image"
     assert ask(server, "POST", "/classify", photo)[0] == 200
+    with socket.create_connection(("127.0.0.1", server.server_port), timeout=60) as connection:
+        head = f"POST /classify HTTP/1.1\r\nHost: localhost\r\nContent-Length: {len(photo)}\r\nExpect: 100-continue\r\n\r\n"
+        connection.sendall(head.encode())
+        assert connection.recv(999).startswith(b"HTTP/1.1 100 "), "as curl does with large files"
+        connection.sendall(photo)
+        assert b" 200 " in connection.recv(999)
 
 
 def test_no_path_leads_out(data, server):
@@ -164,6 +172,7 @@ def test_the_page_in_a_browser(data, server, tmp_path, monkeypatch):
             assert browser.size(width, dark=dark) == 0, "nothing sticks out to the side"
             browser.picture(tmp_path / f"{width}.png")
         assert not browser.errors
-        browser.give("#camera", data / "train.csv")
+        browser.give("#file", data / "train.csv", photos[0])
         browser.wait("$('status').className === 'bad'")
         assert "no image" in browser.run("$('status').textContent")
+        assert browser.run("document.querySelectorAll('article').length") == len(photos) + 1, "the others are labelled"

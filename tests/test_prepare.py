@@ -1,5 +1,7 @@
 """Public data sets in miniature, as published, become the contract of the README."""
 
+import shutil
+
 import cv2
 import numpy as np
 import pandas as pd
@@ -72,6 +74,7 @@ def test_a_plain_tree_is_split_by_label_and_can_be_copied(tmp_path):
     source = tmp_path / "f"
     photos(source, [f"{label}/deep/{i}.jpg" for label in ("a", "b") for i in range(5)])
     (source / "a" / "deep" / "._0.jpg").write_bytes(b"what macOS adds to an archive")
+    photos(source, [".trash/a/0.jpg", "a/.thumbs/0.jpg"])
     train, test = prepared("folders", source, tmp_path, "--test-share", 0.4, "--copy")
     assert sorted(train["label"]) == list("aaabbb") and sorted(test["label"]) == list("aabb")
     assert not (tmp_path / "out" / "test").is_symlink()
@@ -100,10 +103,21 @@ def test_photographs_without_labels_and_none_to_label(tmp_path):
     assert read_solution(output, ["test/8.jpg"]) is None
     check_images(output / "test", read_test(output)["filename"])
     photos(source, ["test/a/7.jpg"])
+    assert "beside the folders of labels" in script("scripts/prepare.py", "folders", source, "--output", output, code=2).stderr
+    for name in ("8.jpg", "9.jpg"):
+        (source / "test" / name).unlink()
     script("scripts/prepare.py", "folders", source, "--output", output)
     assert read_test(output)["filename"].tolist() == ["test/a/7.jpg"] and read_solution(output, ["test/a/7.jpg"]) == ["a"]
     script("scripts/prepare.py", "folders", source / "train", "--output", tmp_path / "all", "--test-share", 0)
     assert len(read_train(tmp_path / "all")) == 6 and not has_test(tmp_path / "all")
+    photos(source, ["val/a/5.jpg"])
+    script("scripts/prepare.py", "folders", source, "--output", output)
+    assert len(read_train(output)) == 7, "val/ trains, too"
+    for flags, message in [(("--test-share", 0), "nothing to share out"), (("--suffix", ".png"), "--suffix is for csv"),
+                           (("--output", source / "out"), "whose images are read")]:
+        assert message in script("scripts/prepare.py", "folders", source, *flags, code=2).stderr
+    shutil.rmtree(source / "test")
+    assert "would be labels" in script("scripts/prepare.py", "folders", source, "--output", output, code=2).stderr
 
 
 def test_the_csvs_of_a_contest_there_and_back(tmp_path):
@@ -130,9 +144,11 @@ def test_the_csvs_of_a_contest_there_and_back(tmp_path):
     assert "same order" in script(*back, tmp_path / "submission.csv", code=2).stderr
     test.assign(label1="Cola 0.5 l", label2="a").to_csv(tmp_path / "top.csv", index=False)
     assert "labels with spaces" in script(*back, tmp_path / "top.csv", code=2).stderr
-    assert "written over" in script("scripts/prepare.py", "csv", source, "--output", source, code=2).stderr
-    (source / "train.csv").write_text("id,product\n../../0,a\n")
-    assert "leaves its folder" in script("scripts/prepare.py", "csv", source, "--output", output, code=2).stderr
+    assert "whose images are read" in script("scripts/prepare.py", "csv", source, "--output", source, code=2).stderr
+    for rows, message in [("../../0,a", "use a path below it\n"), ("0,Cola, 0.5 l", "text with commas in quotes"),
+                          ("0,a\n1,", "empty label")]:
+        (source / "train.csv").write_text(f"id,product\n{rows}\n")
+        assert message in script("scripts/prepare.py", "csv", source, "--output", output, code=2).stderr
     assert "no column 'label'" in script("scripts/prepare.py", "csv", source, "--columns", "id", "label", code=2).stderr
 
 

@@ -143,6 +143,8 @@ def test_left_out_products_are_trained_without_and_measured(data, finished, monk
     figures = json.loads((finished / "left_out.json").read_text())
     assert len(figures["labels"]) == 1 and len(figures["strangeness"]) == 6 and "of 6 photographs of 1 products" in said
     assert not set(pd.read_csv(finished / "left_out" / "input" / "train.csv")["label"]) & set(figures["labels"])
+    logs = [pd.read_csv(folder / "test_efficientnet/fold0/log.csv") for folder in (finished, finished / "left_out")]
+    assert logs[0]["retrieval_acc"].isna().tolist() == logs[1]["retrieval_acc"].isna().tolist(), "validated as often"
     recipes = [json.loads((folder / "test_efficientnet" / "fold0" / "args.json").read_text())
                for folder in (finished, finished / "left_out")]
     assert recipes[0] == recipes[1]

@@ -47,6 +47,7 @@ def test_three_jobs_that_wait_for_each_other(data, tmp_path, cluster):
     assert folds[folds.index("run_all.sh"):] == ["run_all.sh", "--folds-only", *map(str, flags)]
     assert rest[rest.index("run_all.sh"):] == ["run_all.sh", *map(str, flags)]
     words = train[train.index("scripts/slurm_job.sh"):]
+    assert "14 checks" in slurm(cluster, *flags, "--folds-only").stdout and len(said(tmp_path)) == 4, "no training"
     assert words[1:4] == [str(tmp_path / "o"), "a/b c", "0 1 3"] and words[5] == "train.py" and "--lr" in words
 
 
