@@ -640,14 +640,14 @@ def augmentation_flags(parser):
     add("--jpeg", type=within("[0, 100]", int), default=99, help="lowest JPEG quality, up to 100; 0 = off (default 99)")
     add("--shift", type="share", default=0.2, help="largest shift, share of the side (default 0.2)")
     add("--zoom", type="part", default=0.2, help="scale by 1 - zoom .. 1 + zoom (default 0.2)")
-    add("--rotate", type="amount", default=10.0, help="largest rotation, degrees (default 10)")
+    add("--rotate", type=within("[0, 180]"), default=10.0, help="largest rotation, degrees (default 10)")
     add("--affine-p", type="share", default=0.7, help="probability of shift, zoom and rotation together (default 0.7)")
     add("--cutout", type="share", default=0.4, help="side of the black square, share of the image's (default 0.4)")
     add("--cutout-p", type="share", default=0.5, help="probability of the black square (default 0.5)")
     add("--crop", type="share", default=0.0, help="crop a part of at least this share of the area, stretched by up to 4:3; "
         "0 = off (default 0)")
-    add("--colour", type="amount", default=0.0, help="largest change of brightness, contrast and saturation, a tenth of it for "
-        "the hue (default 0)")
+    add("--colour", type=within("[0, 10]"), default=0.0, help="largest change of brightness, contrast and saturation, a tenth "
+        "of it for the hue (default 0)")
     add("--grey", type="share", default=0.0, help="probability of a grey image (default 0)")
     add("--blur", type="share", default=0.0, help="probability of a Gaussian blur of up to 2 %% of the side (default 0)")
     add("--randaugment", type=within("[0, 30]", int), default=0, help="magnitude 1..30 of two random operations (Cubuk et al., "
@@ -794,6 +794,8 @@ class EpochSampler(Sampler):
     (torchrun). Set .epoch before each pass."""
 
     def __init__(self, rows, seed, batch_size, parts=1):
+        if rows < 2:
+            raise InputError("this run has one image to train on, and batch norm wants two; give it more, or other folds")
         self.rows, self.seed, self.epoch, self.batch_size = rows, seed, 0, min(batch_size, rows)
         whole = torch.arange(self.batch_size).tensor_split(max(1, min(parts, self.batch_size // 2)))  # batch norm wants two
         if (ranks := place()[1]) > min(map(len, whole)):

@@ -2,7 +2,8 @@
 
 Runs with the same image sizes, resizing and precision share one pass over the images.
 Reads  input/{train.csv,sample_submission.csv}, output/<arch>/fold<k>/best.pt
-Writes output/<arch>/fold<k>/{train,test,head}.npy (float32 [N, 512] in the CSV's order, not normalised) and extract.json
+Writes output/<arch>/fold<k>/{train,test}.npy (float32 [N, 512] in the CSV's order, not normalised), head.npy (class centres
+       [C x centres, 512]) and extract.json
 
     python extract.py                                  # all finished runs; what is up to date is skipped
     python extract.py --arch nfnet_l0 --fold 3         # one run
@@ -43,6 +44,7 @@ from utils import (
     save_npy,
     script_parser,
     share,
+    within,
 )
 
 import numpy as np
@@ -77,15 +79,17 @@ def parse_args():
         "--arch/--fold")
     add("--size", type="count", default=256, help="image side in pixels, only with --weights (default 256)")
     add("--test-size", type="count", nargs="+", help="image sides, embeddings averaged; default: those of the training")
-    add("--gem-p", type="positive", help="GeM's p; default: the trained")
+    add("--gem-p", type=within("(0, 16]"), help="GeM's p; default: the trained")
     add("--adapt-bn", action="store_true", help="embed the test images with batch-norm statistics re-estimated on them: an "
         "embedding then depends on which other test images there are (Li et al., AdaBN, 2016)")
-    add("--precision", choices=["auto", "fp32", "bf16", "fp16"], help="default: that of the training")
+    add("--precision", choices=["auto", "fp32", "bf16", "fp16"], help="default: the training's --embed-precision")
     add("--batch-size", type="whole", default=0, help="images a batch; 0 = 64 on a CPU, 128 on a GPU, halved until it fits")
     input_flags(parser)
     args = parser.parse_args()
     if args.weights and not (args.arch and args.fold):
         parser.error("--weights needs --arch and --fold, which name the run that it becomes")
+    if args.size != parser.get_default("size") and not args.weights:
+        parser.error("--size is for --weights; a run has its own, or give --test-size")
     return args
 
 
@@ -98,7 +102,7 @@ def run_folder(output, arch, fold):
 
 
 def is_finished(folder):
-    """True when the run's last epoch is in its log (or, for imported weights, no epoch was wanted)."""
+    """True when all epochs of the run are in its log (or, for imported weights, no epoch was wanted)."""
     if not (folder / "best.pt").exists() or not (folder / "args.json").exists():
         return False
     args = load_json(folder / "args.json", epochs=int)
@@ -115,8 +119,8 @@ def finished_runs(output, arch=None, fold=None):
     """Folders of the finished runs below `output`, sorted by name; of one arch or fold if given."""
     folders = sorted(Path(output).glob("*/fold*"), key=lambda f: (f.parent.name, len(f.name), f.name))
     wanted = None if arch is None else run_folder(output, arch, 0).parent.name
-    runs = [f for f in folders if is_finished(f) and (wanted is None or f.parent.name == wanted)
-            and (fold is None or f.name == f"fold{fold}")]
+    runs = [f for f in folders if (wanted is None or f.parent.name == wanted) and (fold is None or f.name == f"fold{fold}")
+            and is_finished(f)]
     if not runs:
         which = " ".join(f"--{k} {v}" for k, v in [("arch", arch), ("fold", fold)] if v is not None)
         raise InputError(f"no finished run {which} under {output}; run train.py first".replace("  ", " "))
@@ -251,8 +255,6 @@ def embed_files(runs, output, base, files, device, batch_size=0):
 @torch.inference_mode()
 def adapt_bn(model, images, device, precision="fp32", batch_size=64, workers=0):
     """Replace the statistics of the model's batch norms by those of `images`, their mean over one pass."""
-    if min(len(images), batch_size) < 2:
-        raise InputError("--adapt-bn needs two test images and a batch of two or more")
     norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
     for norm in norms:
         norm.reset_running_stats()
@@ -272,14 +274,17 @@ def import_weights(args, folder, train):
     """Write best.pt and args.json of a run that was trained elsewhere. Its fold is None: nobody knows here which images
     it has seen, so it takes no part in out-of-fold scores."""
     classes, _ = encode(train["label"])
-    sha256 = file_fingerprint(args.weights) if Path(args.weights).is_file() else None
-    stamp = {"arch": args.arch, "fold": None, "weights": args.weights, "sha256": sha256, "size": args.size,
-             "resize": "squash", "precision": args.precision or "auto", "head": "arcface", "scale": 45.0, "margin": 0.4,
-             "epochs": 0}
+    there = Path(args.weights).is_file()
+    stamp = {"arch": args.arch, "fold": None, "weights": args.weights, "size": args.size, "resize": "squash",
+             "precision": args.precision or "auto", "head": "arcface", "scale": 45.0, "margin": 0.4, "epochs": 0,
+             "sha256": file_fingerprint(args.weights) if there else None}
     if (folder / "args.json").exists():
         recorded = load_json(folder / "args.json")
-        if recorded != stamp | ({"sha256": recorded.get("sha256")} if sha256 is None else {}):  # the file may be gone by now
-            raise InputError(f"{folder} holds another run; choose another --fold or --output for {args.weights}")
+        known = {} if there else {"sha256": recorded.get("sha256")}  # the file may be gone by now
+        differ = [f"{name} {recorded.get(name)}" for name, value in (stamp | known).items() if recorded.get(name) != value]
+        if differ:
+            raise InputError(f"{folder} holds another run, of {', '.join(differ)}; choose another --fold or --output for "
+                             f"{args.weights}")
         if (folder / "best.pt").exists():
             return
     model = Model(args.arch, len(classes))
@@ -287,8 +292,12 @@ def import_weights(args, folder, train):
     if part not in ("body", "all"):
         raise InputError(f"--weights {args.weights} brings no neck, so there is no embedding to extract; give a whole "
                          "checkpoint, or train one with train.py")
+    plain = Path(args.weights).suffix == ".safetensors"
+    if said.startswith("checkpoint") and not plain and "args" in load_checkpoint(args.weights):
+        raise InputError(f"--weights {args.weights} is a run of this project, whose arguments count, too; copy its folder to "
+                         f"{args.output}/<arch>/fold<k> instead")
     # Where labels are numbers it sorted them as such, and here they are text.
-    if "original solution" in said and part == "all" and all(label.isdecimal() for label in classes):
+    if said.startswith("the original solution's") and part == "all" and all(label.isdecimal() for label in classes):
         model.head.weight.data = model.head.weight.data[np.argsort(np.argsort([int(label) for label in classes]))]
     print(said)
     save_json(folder / "args.json", stamp)
@@ -338,6 +347,7 @@ def load_job(folder, args, about, classes, names, device):
         raise InputError(f"{folder} was trained on other classes than {args.input}/train.csv; {again}")
     if checkpoint["args"] != recorded:
         raise InputError(f"{folder}: args.json says other than best.pt; delete args.json and run train.py again")
+    model.try_sizes(stamp["sizes"])  # now: later it would end other runs' pass, too
     if args.gem_p:
         model.pool.p.data.fill_(args.gem_p)
     head = "softmax" if isinstance(model.head, Softmax) else "arcface" if checkpoint["head_fits"] else None
@@ -350,6 +360,8 @@ def load_job(folder, args, about, classes, names, device):
 def extract(folders, args, train, test, device, cache):
     """Embeddings of the runs in these folders, unless those on disk are of these checkpoints and rows; runs that are alike
     share a pass. Interrupted, it goes on from what lies in each run's .extract."""
+    if args.adapt_bn and (test is None or len(test) < 2 or args.batch_size == 1):
+        raise InputError("--adapt-bn needs two test images, and a batch of two or more")
     classes, labels = encode(train["label"])
     rows = {"train": (args.input, train["path"])}
     if test is not None:
@@ -370,10 +382,10 @@ def extract(folders, args, train, test, device, cache):
                     failed.append(error.with_traceback(None))
                     continue
                 if job:
-                    begun = on_first((folder / ".extract").exists)  # a pass starts where its last run stands
+                    begun = on_first((folder / ".extract").exists)  # a joint pass goes on from the least of its runs' rows
                     passes.setdefault(json.dumps([alike_by(job["stamp"]), begun]), []).append(job)
-                    locks.push(held.pop_all())
-        for kind in list(passes):
+                    locks.push(held.pop_all())  # until all passes are done
+        for kind in list(passes):  # pop: its models are freed after it
             failed += extract_jointly(passes.pop(kind), args, rows, labels, names, device, cache)
     if failed:
         raise InputError("\n".join(map(str, failed)))

@@ -1,6 +1,7 @@
 """Backbone + GeM + neck + ArcFace head, and the loading of weights.
 
-    uint8 images [B, 3, S, S] -> normalise -> timm backbone -> GeM -> neck -> embedding [B, 512] -> head -> logits [B, C]
+    uint8 images [B, 3, S, S] -> normalise -> timm backbone -> GeM (a vision transformer: its own pooling) -> neck -> embedding
+    [B, 512] -> head -> logits [B, C]
 """
 
 import copy
@@ -118,12 +119,8 @@ class Model(nn.Module):
         """uint8 images -> pooled features [B, num_features] float32: what the backbone knows without training. GeM pools the
         map of a convolutional one; a vision transformer has a pooling of its own."""
         x = (images.float() / 255 - self.mean) / self.std
-        try:
-            x = self.backbone.forward_features(x.contiguous(memory_format=torch.channels_last))
-        except AssertionError as error:  # timm's check of the size
-            raise InputError(f"{type(self.backbone).__name__} takes no images of {images.shape[-1]} px ({error}); give another "
-                             "--size, and --test-size") from None
-        if x.ndim == 3 and self.backbone.global_pool:
+        x = self.backbone.forward_features(x.contiguous(memory_format=torch.channels_last))
+        if x.ndim == 3 and getattr(self.backbone, "global_pool", None):
             return self.backbone.forward_head(x, pre_logits=True).float()
         if x.ndim != 4 or x.shape[1] != self.neck[0].in_features:
             raise InputError(f"{type(self.backbone).__name__} gives {tuple(x.shape)}, not [B, {self.neck[0].in_features}, "
@@ -136,7 +133,13 @@ class Model(nn.Module):
         training, device = self.training, self.mean.device
         self.eval()
         for size in sizes:
-            self.features(torch.zeros(1, 3, size, size, dtype=torch.uint8, device=device))
+            try:
+                self.features(torch.zeros(1, 3, size, size, dtype=torch.uint8, device=device))
+            except torch.OutOfMemoryError:
+                raise
+            except (AssertionError, RuntimeError) as error:  # timm's check of the size; nothing is left to pool
+                raise InputError(f"{type(self.backbone).__name__} takes no images of {size} px ({error}); give another --size, "
+                                 "and --test-size") from None
         self.train(training)
 
     def forward(self, images):
@@ -160,8 +163,8 @@ def make_backbone(arch, pretrained=False):
             backbone = timm.create_model(name, pretrained, num_classes=0, dynamic_img_size=True)
         except TypeError:  # no vision transformer
             backbone = timm.create_model(name, pretrained, num_classes=0, global_pool="")
-    except RuntimeError as error:
-        close = difflib.get_close_matches(name, timm.list_models() + timm.list_pretrained(), 3)
+    except (RuntimeError, AssertionError) as error:  # it knows no such name; a network that wants its own pooling
+        close = [n for n in difflib.get_close_matches(name, timm.list_models() + timm.list_pretrained(), 3) if n != name]
         hint = f"did you mean {', '.join(close)}?" if close else "timm.list_models() lists the names"
         raise InputError(f"--arch {arch}: {str(error).strip()}; {hint}") from None
     if LITE.fullmatch(name):  # TensorFlow's lite weights saw images in [-1, 1]
@@ -333,6 +336,8 @@ def load_weights(model, arch, weights):
         return load_lite(model.backbone, lite[1])
     try:
         state = make_backbone(arch, pretrained=True).state_dict()
+    except InputError:
+        raise
     except Exception as error:  # no network, no such file, no space: the hub's client raises all kinds
         raise InputError(
             f"--weights auto: the pretrained weights of {arch} could not be fetched ({type(error).__name__}: "
@@ -397,7 +402,7 @@ def load_file(model, path):
         state.pop("head.weight", None)
         want.pop("head.weight", None)
         have.pop("head.weight")
-        kind, part = f"{kind}, its head left out (other classes)", "body"
+        kind, part = f"{kind}, its head left out (of other classes or sub-centres)", "body"
     odd = sorted(name for name in have.keys() | want.keys() if have.get(name) != want.get(name))
     if odd:
         name = odd[0]

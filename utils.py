@@ -16,7 +16,7 @@ MAX_PIXELS = 100_000_000
 os.environ.setdefault("OPENCV_IO_MAX_IMAGE_PIXELS", str(MAX_PIXELS))
 
 script, interrupted = 0, False  # process of the script that runs; whether a Ctrl-C or SIGTERM came
-INTERRUPTED = "interrupted; the same command goes on from the last finished epoch or file"
+INTERRUPTED = "interrupted; the same command, without --restart, goes on from the last finished epoch or file"
 
 
 def quiet_interrupt(kind, error, trace):
@@ -95,7 +95,7 @@ def within(interval, kind=float):
 
 NUMBERS = {"whole": within("[0, inf)", int), "count": within("[1, inf)", int), "several": within("[2, inf)", int),
            "seed": within("[0, 4294967295]", int), "share": within("[0, 1]"), "part": within("[0, 1)"),
-           "rate": within("(0, 1)"), "amount": within("[0, 1e6]"), "positive": within("(0, 1e6]")}
+           "rate": within("(0, 1)"), "amount": within("[0, inf)"), "positive": within("(0, inf)")}
 
 
 def script_parser(doc, folders=True, device=True):

@@ -102,6 +102,8 @@ def test_events_go_on_where_they_are_right_and_are_mended_where_not(tmp_path):
 def test_tensorboard_that_is_not_there_is_named_before_training(data, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "tensorboard.compat.proto.event_pb2", None)
     assert "pip install tensorboard" in train(data, tmp_path, "test_nfnet", 0, "--tensorboard", code=2).stderr
+    monkeypatch.setenv("CXX", "none")
+    assert "needs a C compiler" in train(data, tmp_path, "test_nfnet", 0, "--compile", code=2).stderr
     assert not (tmp_path / "test_nfnet").exists()
 
 
@@ -133,6 +135,14 @@ def test_other_arguments_are_refused_by_name_and_restart_begins_anew(data, finis
     assert "--lr 0.002 (now 0.1)" in refused.stderr and "--restart" in refused.stderr
     again = train(data, finished)
     assert "finished already" in again.stdout
+    run, best = finished / "test_efficientnet" / "fold0", finished / "test_efficientnet" / "fold0" / "best.pt"
+    (run / "args.json").unlink()
+    refused = train(data, finished, "test_efficientnet", 0, "--lr", "0.1", code=2)
+    assert "--lr 0.002 (now 0.1)" in refused.stderr, "it is in last.pt, too"
+    before = best.read_bytes()
+    for flags in (("--weights", "none.pth"), ("--pseudo", "none.csv"), ("--size", "0")):
+        train(data, finished, "test_efficientnet", 0, "--restart", *flags, code=2)
+    assert best.read_bytes() == before, "what cannot be trained throws nothing away"
     anew = train(data, finished, "test_efficientnet", 0, "--lr", "0.1", "--epochs", "1", "--restart")
     assert "epoch 1/1" in anew.stdout
 
@@ -228,6 +238,9 @@ def test_adapted_batch_norm_and_sizes_at_extraction(data, finished):
     plain = {name: np.load(run / f"{name}.npy") for name in ("train", "test")}
     script("extract.py", *flags, "--adapt-bn")
     assert np.array_equal(np.load(run / "train.npy"), plain["train"]), "the gallery keeps its statistics"
+    stamp = (run / "extract.json").read_bytes()
+    assert "two or more" in script("extract.py", *flags, "--adapt-bn", "--batch-size", 1, code=2).stderr
+    assert (run / "extract.json").read_bytes() == stamp, "known before the pass"
     assert not np.allclose(np.load(run / "test.npy"), plain["test"], atol=1e-3)
     model = build(load_checkpoint(run / "best.pt"))
     images = Images(data / "test", read_test(data)["filename"], [0] * 12, 32)
@@ -375,6 +388,8 @@ def test_two_recipes_of_one_vision_transformer_side_by_side(data, tmp_path):
         train(data, tmp_path, arch, 0, "--epochs", 1, "--size", size)
     script("extract.py", "--input", data, "--output", tmp_path, "--arch", "test_vit@larger", "--workers", 1)
     script("extract.py", "--input", data, "--output", tmp_path, "--workers", 1)
+    refused = script("extract.py", "--input", data, "--output", tmp_path, "--workers", 1, "--test-size", 32, 40, code=2)
+    assert refused.stderr.count("takes no images of 40 px") == 2, "before any pass"
     script("retrieve.py", "--input", data, "--output", tmp_path)
     runs = load_json(tmp_path / "scores.json")["runs"]
     assert list(runs) == ["test_vit/fold0", "test_vit@larger/fold0"] and len(set(runs.values())) == 2
@@ -452,7 +467,7 @@ def test_the_likeliest_labels_begin_with_the_submission_s(data, finished):
                         for split in ("train", "test"))
     for own, second, near in zip(top["label1"], top["label2"], labels[(-queries @ gallery.T).argsort(1)], strict=True):
         assert second == near[near != own][0]
-    script("retrieve.py", *flags, "--top", 5, "--reject", 0.05)
+    script("retrieve.py", *flags, "--top", 5, "--reject", 0.1)
     top = pd.read_csv(finished / "top.csv", dtype=str)
     strange = top["label1"] == "unknown"
     assert strange.any() and top["label5"].notna().equals(strange), "four products, and the unknown before them"
@@ -567,6 +582,7 @@ def test_original_weights_embed_and_retrieve_without_training(tmp_path):
     save_checkpoint(tmp_path / "original.pth", {name: tensor + 1 for name, tensor in state.items()})
     assert "holds another run" in script("extract.py", *flags, "--weights", tmp_path / "original.pth", "--output",
                                          tmp_path / "original", code=2).stderr, "other weights of the same name"
+    assert "holds weights that extract.py has imported" in train(data, tmp_path / "original", "test_nfnet", 0, code=2).stderr
     assert len(pd.read_csv(tmp_path / "original" / "submission.csv")) == 12
     extract("nine", original_state("test_nfnet", classes=9))
     for name in ("strange", "nine"):
@@ -592,8 +608,11 @@ def test_original_weights_embed_and_retrieve_without_training(tmp_path):
     (("extract.py", "--arch", "test_nfnet", "--fold", "0", "--weights", "none"), "brings no neck"),
     (("train.py", "--arch", "test_nfnet", "--fold", "0", "--input", "nowhere"), "nowhere/train.csv is not there"),
     (("extract.py",), "run train.py first"),
+    (("extract.py", "--size", "64"), "--size is for --weights"),
+    (("train.py", "--arch", "test_nfnet", "--fold", "0", "--warmup", "31"), "--warmup 31: the run has 30 epochs"),
+    (("train.py", "--arch", "efficientvit_b0", "--fold", "0", "--weights", "none"), "--arch efficientvit_b0"),
     (("retrieve.py", "--runs", "test_nfnet/fold0"), "run extract.py first"),
-    (("retrieve.py", "--power", "nan"), "--power: nan is no number in [0, inf)"),
+    (("retrieve.py", "--power", "nan"), "--power: nan is no number in [0, 100]"),
 ])
 def test_bad_flags_are_one_sentence_and_code_2(data, tmp_path, command, message):
     where = () if "--input" in command else ("--input", data)
