@@ -34,16 +34,16 @@ from utils import (
     hand_back_memory,
     load_json,
     lock,
+    my_rows,
     on_first,
-    place,
     printable,
     progress,
+    rank_and_world,
     reading,
     regular,
     save_csv,
     save_json,
     save_text,
-    share,
     within,
 )
 
@@ -242,7 +242,8 @@ def make_folds(labels, groups=None, folds=5, seed=9999):
                          "sees; take --fold-by look or random, or leave the column group out")
     if len(np.unique(groups[rows])) < folds:
         raise InputError(f"{folds} folds need {folds} images (or groups) of classes with two or more; use fewer --n-folds")
-    # scikit-learn refuses when every class is smaller than the number of folds; a class of stand-ins makes it deal on.
+    # scikit-learn refuses when every class is smaller than the number of folds; a class of stand-ins, behind the rows and of
+    # names that no CSV holds, makes it deal on.
     y = encode([*labels[rows], *["\U0010ffff"] * folds])[1]
     g = encode([*groups[rows], *(f"\0{i}" for i in range(folds))])[1]
     split = StratifiedKFold if len(np.unique(groups)) == len(groups) else StratifiedGroupKFold
@@ -467,20 +468,20 @@ class Cache:
         torchrun the first process decodes for all."""
         for size in dict.fromkeys(sizes) if self.on else []:
             found = self.found.setdefault((size, how), {})
-            found |= on_first(self.build, [file for file in self.files(folder, names) if file not in found], size, how)
+            found |= on_first(self.update, [file for file in self.files(folder, names) if file not in found], size, how)
 
-    def build(self, files, size, how):
+    def update(self, files, size, how):
         """{file: row} of the files, what is not there yet decoded first; {} where there can be no cache."""
         stats = {file: Path(self.root, file).stat() for file in files}
         try:
             with lock(self.place, wait=True):
-                return self.fill({file: [s.st_size, s.st_mtime_ns] for file, s in stats.items()}, size, how)
+                return self.add_new({file: [s.st_size, s.st_mtime_ns] for file, s in stats.items()}, size, how)
         except (OSError, Unwritable) as error:
             reason = error.strerror if isinstance(error, OSError) else error
             print(f"no cache in {self.place}: {reason}; images are decoded in every pass", flush=True)
             return {}
 
-    def fill(self, stamps, size, how):
+    def add_new(self, stamps, size, how):
         """{file: row} of the files {file: [bytes, time]}, those that are new or have changed decoded first."""
         data, image_bytes, known = self.path(size, how), record_bytes(size), {}  # known: {file: [row, bytes, time]}
         with contextlib.suppress(FileNotFoundError, InputError):  # a damaged index: all anew
@@ -498,10 +499,10 @@ class Cache:
                   "in every pass", flush=True)
         elif new:
             print(f"decoding {said}, once, into {where} (--no-cache: in every pass)", flush=True)
-            self.append(new, stamps, known, rows, size, how)
+            self.decode(new, stamps, known, rows, size, how)
         return {file: known[file][0] for file, stamp in stamps.items() if known.get(file, [-1])[1:] == stamp}
 
-    def append(self, new, stamps, known, rows, size, how):
+    def decode(self, new, stamps, known, rows, size, how):
         """Decode the new files behind the `rows` that are there, and name them in `known`, on disk every half a minute."""
         data, saved = self.path(size, how), time.monotonic()
         save_text(self.place / ".gitignore", "*\n")
@@ -798,10 +799,10 @@ class EpochSampler(Sampler):
             raise InputError("this run has one image to train on, and batch norm wants two; give it more, or other folds")
         self.rows, self.seed, self.epoch, self.batch_size = rows, seed, 0, min(batch_size, rows)
         whole = torch.arange(self.batch_size).tensor_split(max(1, min(parts, self.batch_size // 2)))  # batch norm wants two
-        if (ranks := place()[1]) > min(map(len, whole)):
+        if (ranks := rank_and_world()[1]) > min(map(len, whole)):
             raise InputError(f"{ranks} processes cannot share {min(map(len, whole))} images, a batch or its part: start fewer, "
                              "or give a larger --batch-size or a smaller --grad-accum")
-        mine = [part[share(len(part))] for part in whole]
+        mine = [part[my_rows(len(part))] for part in whole]
         self.sizes, self.mine = list(map(len, mine)), torch.cat(mine).numpy()
 
     def __len__(self):

@@ -26,24 +26,25 @@ from utils import (
     file_fingerprint,
     fingerprint,
     gather,
+    is_first,
     keep_freed_memory,
     load_checkpoint,
     load_json,
     lock,
+    my_rows,
     on_first,
     peak_memory,
     pick_device,
     pick_precision,
-    place,
     processes,
     progress,
+    rank_and_world,
     reading,
     run,
     save_checkpoint,
     save_json,
     save_npy,
     script_parser,
-    share,
     within,
 )
 
@@ -127,30 +128,6 @@ def finished_runs(output, arch=None, fold=None):
     return runs
 
 
-# embed_pass: several models, one size. embed_jointly: all sizes, averaged. embed: one model, checked. embed_alike: extracted
-# runs by their extract.json, those that are alike in one pass. embed_files: the same, of image files.
-
-
-def embed(model, images, device, precision="fp32", batch_size=64, workers=0, what="embedding", sizes=None, width=EMBEDDING):
-    """embed_jointly by one model, checked: float32 [N, width]."""
-    joint = embed_jointly([model], images, device, precision, batch_size, workers, what, sizes, width=width)
-    return check_embeddings(next(joint), images)
-
-
-def embed_jointly(models, images, device, precision="fp32", batch_size=64, workers=0, what="embedding", sizes=None,
-                  stores=lambda size: None, width=EMBEDDING):
-    """Flip-averaged embeddings of a dataset.Images in its order by several models in one pass, each batch decoded and copied
-    once: an iterator over float32 [N, width], one a model, not normalised, unchecked, averaged over the image `sizes` (default
-    that of `images`). The models are left in eval mode. stores: function of a size -> a Store for each model, from which an
-    interrupted pass goes on."""
-    keep_freed_memory()
-    for model in models:
-        model.eval()
-    passes = [embed_pass(models, images.at(size), device, precision, batch_size, workers, what, stores(size), width)
-              for size in sizes or [images.size]]
-    return (sum(parts[1:], parts[0]) / len(parts) if len(parts) > 1 else parts[0] for parts in zip(*passes, strict=True))
-
-
 def check_embeddings(embedded, images, of=""):
     """The embeddings [N, D] of a dataset.Images; InputError, naming the first image, if any is NaN, infinite or zero."""
     if len(bad := np.flatnonzero(~np.isfinite(embedded).all(1) | ~embedded.any(1))):
@@ -167,12 +144,15 @@ def pick_batch_size(device):
 def my_share(images, batch_size):
     """Under torchrun, the images that this process embeds, whole batches of them, so that all have the batches of one process;
     `gather` joins the embeddings."""
-    return images.part(share(len(images), batch_size))
+    return images.part(my_rows(len(images), batch_size))
+
+
+# embed_one_size < embed_models < embed_model, embed_as_extracted < embed_files: each calls the one before it.
 
 
 @torch.inference_mode()
-def embed_pass(models, images, device, precision, batch_size, workers, what, stores=None, width=EMBEDDING):
-    """embed_jointly at one size: a list of arrays. A batch that does not fit the GPU is halved, from there on. Embeddings stay
+def embed_one_size(models, images, device, precision, batch_size, workers, what, stores=None, width=EMBEDDING):
+    """embed_models at one size: a list of arrays. A batch that does not fit the GPU is halved, from there on. Embeddings stay
     on the device until they are saved, since fetching them waits for it. A pass that goes on has the batches of one that was
     not interrupted."""
     stores = stores or [Store() for _ in models]
@@ -212,6 +192,27 @@ def embed_pass(models, images, device, precision, batch_size, workers, what, sto
     return results
 
 
+def embed_models(models, images, device, precision="fp32", batch_size=64, workers=0, what="embedding", sizes=None,
+                 stores=lambda size: None, width=EMBEDDING):
+    """Flip-averaged embeddings of a dataset.Images in its order by several models in one pass, each batch decoded and copied
+    once: an iterator over float32 [N, width], one a model, not normalised, unchecked, averaged over the image `sizes` (default
+    that of `images`). The models are left in eval mode. stores: function of a size -> a Store for each model, from which an
+    interrupted pass goes on."""
+    keep_freed_memory()
+    for model in models:
+        model.eval()
+    passes = [embed_one_size(models, images.at(size), device, precision, batch_size, workers, what, stores(size), width)
+              for size in sizes or [images.size]]
+    return (sum(parts[1:], parts[0]) / len(parts) if len(parts) > 1 else parts[0] for parts in zip(*passes, strict=True))
+
+
+def embed_model(model, images, device, precision="fp32", batch_size=64, workers=0, what="embedding", sizes=None,
+                width=EMBEDDING):
+    """embed_models by one model, checked: float32 [N, width]."""
+    joint = embed_models([model], images, device, precision, batch_size, workers, what, sizes, width=width)
+    return check_embeddings(next(joint), images)
+
+
 def load_run(folder):
     """The trained model of a run and all that its best.pt holds."""
     path = folder / "best.pt"
@@ -228,7 +229,7 @@ def load_model(folder, stamp, device):
     return model
 
 
-def embed_alike(runs, output, make, device, workers, batch_size=0):
+def embed_as_extracted(runs, output, make, device, workers, batch_size=0):
     """{name of the run: embeddings [n, 512]} of the images that make(size, resize) returns, by extracted runs below `output` as
     they embedded their galleries, each image decoded once for all runs that take it alike. A run: its "name", its extract.json
     as "stamp"."""
@@ -239,17 +240,18 @@ def embed_alike(runs, output, make, device, workers, batch_size=0):
         sizes, resize, precision = alike_by(some[0]["stamp"])
         models = [fuse_batch_norm(load_model(Path(output) / r["name"], r["stamp"], device), sizes[0]) for r in some]
         images, what = make(sizes[0], resize), some[0]["name"] if len(some) == 1 else f"{len(some)} runs in one pass"
-        joint = embed_jointly(models, images, device, pick_precision(precision, device), batch_size or pick_batch_size(device),
-                              workers, what, sizes)
+        joint = embed_models(models, images, device, pick_precision(precision, device), batch_size or pick_batch_size(device),
+                             workers, what, sizes)
         found |= {r["name"]: check_embeddings(part, images, f"{r['name']}: ") for r, part in zip(some, joint, strict=True)}
     return found
 
 
 def embed_files(runs, output, base, files, device, batch_size=0):
-    """embed_alike of image files below `base`."""
+    """embed_as_extracted of image files below `base`."""
     workers = default_workers() if len(files) > 64 else 0  # to start processes takes longer than a few photographs
-    return embed_alike(runs, output, lambda size, resize: Images(base, files, np.zeros(len(files), np.int64), size, resize),
-                       device, workers, batch_size)
+    labels = np.zeros(len(files), np.int64)  # not used
+    return embed_as_extracted(runs, output, lambda size, resize: Images(base, files, labels, size, resize), device, workers,
+                              batch_size)
 
 
 @torch.inference_mode()
@@ -377,7 +379,7 @@ def extract(folders, args, train, test, device, cache):
                     held.enter_context(lock(folder))
                     job = load_job(folder, args, about, classes, names, device)
                 except InputError as error:
-                    if place()[1] > 1:  # a folder is locked for the first process only
+                    if rank_and_world()[1] > 1:  # a folder is locked for the first process only
                         raise
                     failed.append(error.with_traceback(None))
                     continue
@@ -400,10 +402,10 @@ def extract_jointly(jobs, args, rows, labels, names, device, cache):
     """extract runs that are alike, in one pass over the training and one over the test images. Returns what is wrong with those
     whose embeddings are no numbers; the others are written."""
     start, (sizes, how, precision), failed = time.time(), alike_by(jobs[0]["stamp"]), []
-    batch_size, first = args.batch_size or pick_batch_size(device), place()[0] == 0
+    batch_size, first = args.batch_size or pick_batch_size(device), is_first()
     for job in jobs:
         job["model"].to(device)
-        job["key"] = json.dumps([job["stamp"], batch_size, device.type, *place()])
+        job["key"] = json.dumps([job["stamp"], batch_size, device.type, *rank_and_world()])
     what = str(jobs[0]["folder"]) if len(jobs) == 1 else f"{len(jobs)} runs in one pass"
     for split, (base, files) in rows.items():
         cache.add(base, files, sizes, how)
@@ -414,9 +416,9 @@ def extract_jointly(jobs, args, rows, labels, names, device, cache):
         models = [fuse_batch_norm(job["model"], sizes[0]) for job in jobs]
 
         def stores(size, jobs=jobs, split=split):
-            return [Store(job["folder"] / ".extract" / f"{split}{place()[0]}" / str(size), job["key"]) for job in jobs]
+            return [Store(job["folder"] / ".extract" / f"{split}{rank_and_world()[0]}" / str(size), job["key"]) for job in jobs]
 
-        good, joint = [], embed_jointly(models, my_share(images, batch_size), device, precision, batch_size, args.workers,
+        good, joint = [], embed_models(models, my_share(images, batch_size), device, precision, batch_size, args.workers,
                                         f"{what}, {split}", sizes, stores)
         for job, embedded in zip(jobs, map(gather, joint), strict=True):
             folder, stamp = job["folder"], job["stamp"]

@@ -195,132 +195,6 @@ def freeze(backbone, groups):
         parameter.requires_grad_(False)
 
 
-class DepthwiseConv(torch.autograd.Function):
-    """F.conv2d without bias, its backward pass in float32."""
-
-    @staticmethod
-    def forward(ctx, x, weight, *how):
-        ctx.save_for_backward(x, weight)
-        ctx.how = how
-        return F.conv2d(x, weight, None, *how)
-
-    @staticmethod
-    def backward(ctx, grad):
-        (x, weight), (stride, padding, dilation, groups) = ctx.saved_tensors, ctx.how
-        found = torch.ops.aten.convolution_backward(grad.float(), x.float(), weight.float(), None, stride, padding, dilation,
-                                                    False, [0, 0], groups, [*ctx.needs_input_grad[:2], False])
-        return *(g if g is None else g.to(t.dtype) for g, t in zip(found[:2], (x, weight), strict=True)), *[None] * 4
-
-
-class QuickDepthwise(TorchFunctionMode):
-    """Context of a forward pass in bfloat16 on a CPU, for a quick backward pass: the gradients of a depthwise convolution with
-    a stride or a kernel of more than 3 x 3 take oneDNN 2 to 90 times as long in bfloat16 as in float32, 70 % of a step of
-    tf_efficientnet_lite2 on a Xeon with AMX."""
-
-    def __torch_function__(self, function, types, args=(), kwargs=None):
-        if function is F.conv2d and len(args) == 7:
-            x, weight, bias, stride, padding, *_ = args
-            slow = weight.shape[1] == 1 < weight.shape[0] and (max(stride) > 1 or max(weight.shape[2:]) > 3)
-            if slow and bias is None and not isinstance(padding, str) and torch.is_grad_enabled():
-                return DepthwiseConv.apply(x, weight, *args[3:])
-        return function(*args, **(kwargs or {}))
-
-
-class JointNorm(torch.autograd.Function):
-    """F.batch_norm in training, its mean and variance those of all processes' batches. The variances join by Chan et al.,
-    Updating Formulae and a Pairwise Algorithm for Computing Sample Variances, 1979, eq. 2.1; the gradient is that of Ioffe and
-    Szegedy, Batch Normalization, 2015, section 3, its two sums over all batches too."""
-
-    @staticmethod
-    def forward(ctx, x, weight, bias, eps):
-        blank = x.new_zeros(2, x.shape[1], dtype=torch.float32)  # unused, but of float32, and so then are mean and variance
-        mean, variance = torch.batch_norm_update_stats(x, *blank, 0.0)
-        own = torch.cat([mean, variance, mean.new_tensor([x.numel() / len(mean)])])
-        each = [torch.empty_like(own) for _ in range(dist.get_world_size())]
-        dist.all_gather(each, own)
-        means, variances, counts = torch.stack(each).split([len(mean), len(mean), 1], 1)
-        count = counts.sum()
-        mean = (means * counts).sum(0) / count
-        variance = ((variances + (means - mean).square()) * counts).sum(0) / count
-        ctx.save_for_backward(x, weight, mean, variance, count)
-        ctx.eps = eps
-        ctx.mark_non_differentiable(mean, variance, count)
-        return F.batch_norm(x, mean, variance, weight, bias, False, 0.0, eps), mean, variance, count
-
-    @staticmethod
-    def backward(ctx, grad, *_):
-        x, weight, mean, variance, count = ctx.saved_tensors
-        own = torch.ops.aten.native_batch_norm_backward(grad, x, weight, mean, variance, None, None, False, ctx.eps, [True] * 3)
-        sums = torch.stack(own[1:])  # over pixels: grad * normalised x, grad
-        dist.all_reduce(sums)
-        slope, level = sums * weight * (variance + ctx.eps).rsqrt() / count
-        slope = slope * (variance + ctx.eps).rsqrt()
-        slope, level = (c.view(-1, *[1] * (x.ndim - 2)) for c in (slope, level - slope * mean))
-        return own[0].sub_(torch.addcmul(level, x, slope)), *own[1:], None
-
-
-class JointBatchNorm(nn.SyncBatchNorm):
-    """nn.SyncBatchNorm on a CPU, for which PyTorch's has no kernels. timm's layers keep their activation."""
-
-    def forward(self, x):
-        if self.training:
-            x, mean, variance, count = JointNorm.apply(x, self.weight, self.bias, self.eps)
-            self.num_batches_tracked += 1
-            self.running_mean.lerp_(mean, self.momentum)
-            self.running_var.lerp_(variance * count / (count - 1), self.momentum)
-        else:
-            x = super().forward(x)
-        return self.act(self.drop(x)) if hasattr(self, "act") else x
-
-
-def join_batch_norm(model, device):
-    """Let the batch norms of `model` see the processes' batches together; parameters and their names stay."""
-    if device.type == "cuda":
-        from timm.layers import convert_sync_batchnorm
-
-        convert_sync_batchnorm(model)
-        return
-    for module in model.modules():
-        if isinstance(module, nn.modules.batchnorm._BatchNorm):
-            module.__class__ = JointBatchNorm
-
-
-@torch.no_grad()
-def fuse_batch_norm(model, size):
-    """A copy of a Model to embed with, whose convolutions carry the batch norms that take their outputs: the same embeddings
-    to rounding, sooner, since a batch norm is a pass over memory. Which takes whose is seen in a forward pass of an image of
-    side `size`. `model` itself where nothing can be fused, or where that changes the embeddings (a convolution whose output
-    goes elsewhere, too). Either way `model` is left in eval mode."""
-    device, folded = model.mean.device, copy.deepcopy(model.eval())
-    images = torch.randint(256, (1, 3, size, size), dtype=torch.uint8, generator=torch.Generator().manual_seed(0)).to(device)
-    outputs, pairs, hooks = [], [], []
-
-    def after(conv, _, output):
-        outputs.append((conv, output))
-
-    def before(norm, inputs):
-        pairs.extend((conv, norm) for conv, output in outputs if output is inputs[0])
-
-    for module in folded.backbone.modules():
-        if isinstance(module, nn.Conv2d):
-            hooks.append(module.register_forward_hook(after))
-        elif isinstance(module, nn.modules.batchnorm._BatchNorm):
-            hooks.append(module.register_forward_pre_hook(before))
-    true = folded(images)
-    for hook in hooks:
-        hook.remove()
-    if not pairs:
-        return model
-    names = {module: name for name, module in folded.named_modules()}
-    for conv, norm in pairs:
-        conv.weight, conv.bias = fuse_conv_bn_weights(conv.weight, conv.bias, norm.running_mean, norm.running_var, norm.eps,
-                                                      norm.weight, norm.bias)
-        rest = nn.Sequential(norm.drop, norm.act) if hasattr(norm, "act") else nn.Identity()  # timm's layers: its activation
-        folded.set_submodule(names[norm], rest)
-    same = (folded(images) - true).norm() <= 0.01 * true.norm()
-    return folded if same else model
-
-
 # -------------------------------------------------------------------------------------------------------------- weights
 
 
@@ -422,3 +296,134 @@ def build(checkpoint):
                   args.get("sub_centres", 1))
     model.load_state_dict(checkpoint["model"])
     return model.eval().to(memory_format=torch.channels_last)
+
+
+# ----------------------------------------------- faster, and in several processes: nothing here changes what a network computes
+
+
+class DepthwiseConv(torch.autograd.Function):
+    """F.conv2d without bias, its backward pass in float32."""
+
+    @staticmethod
+    def forward(ctx, x, weight, *how):
+        ctx.save_for_backward(x, weight)
+        ctx.how = how
+        return F.conv2d(x, weight, None, *how)
+
+    @staticmethod
+    def backward(ctx, grad):
+        (x, weight), (stride, padding, dilation, groups) = ctx.saved_tensors, ctx.how
+        found = torch.ops.aten.convolution_backward(grad.float(), x.float(), weight.float(), None, stride, padding, dilation,
+                                                    False, [0, 0], groups, [*ctx.needs_input_grad[:2], False])
+        return *(g if g is None else g.to(t.dtype) for g, t in zip(found[:2], (x, weight), strict=True)), *[None] * 4
+
+
+class QuickDepthwise(TorchFunctionMode):
+    """Context of a forward pass in bfloat16 on a CPU, for a quick backward pass: the gradients of a depthwise convolution with
+    a stride or a kernel of more than 3 x 3 take oneDNN 2 to 90 times as long in bfloat16 as in float32, 70 % of a step of
+    tf_efficientnet_lite2 on a Xeon with AMX."""
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        if function is F.conv2d and len(args) == 7:
+            x, weight, bias, stride, padding, *_ = args
+            slow = weight.shape[1] == 1 < weight.shape[0] and (max(stride) > 1 or max(weight.shape[2:]) > 3)
+            if slow and bias is None and not isinstance(padding, str) and torch.is_grad_enabled():
+                return DepthwiseConv.apply(x, weight, *args[3:])
+        return function(*args, **(kwargs or {}))
+
+
+class JointNorm(torch.autograd.Function):
+    """F.batch_norm in training, its mean and variance those of all processes' batches. The variances join by Chan et al.,
+    Updating Formulae and a Pairwise Algorithm for Computing Sample Variances, 1979, eq. 2.1; the gradient is that of Ioffe and
+    Szegedy, Batch Normalization, 2015, section 3, its two sums over all batches too."""
+
+    @staticmethod
+    def forward(ctx, x, weight, bias, eps):
+        blank = x.new_zeros(2, x.shape[1], dtype=torch.float32)  # left alone; makes mean and variance float32
+        mean, variance = torch.batch_norm_update_stats(x, *blank, 0.0)
+        own = torch.cat([mean, variance, mean.new_tensor([x.numel() / len(mean)])])
+        each = [torch.empty_like(own) for _ in range(dist.get_world_size())]
+        dist.all_gather(each, own)
+        means, variances, counts = torch.stack(each).split([len(mean), len(mean), 1], 1)
+        count = counts.sum()
+        mean = (means * counts).sum(0) / count
+        variance = ((variances + (means - mean).square()) * counts).sum(0) / count
+        ctx.save_for_backward(x, weight, mean, variance, count)
+        ctx.eps = eps
+        ctx.mark_non_differentiable(mean, variance, count)
+        return F.batch_norm(x, mean, variance, weight, bias, False, 0.0, eps), mean, variance, count
+
+    @staticmethod
+    def backward(ctx, grad, *_):
+        x, weight, mean, variance, count = ctx.saved_tensors
+        # As if mean and variance were constants: grad * weight / deviation, and the gradients of weight and bias. Missing is
+        # what x does to both: two means over all batches' pixels, of grad and of grad * normalised x.
+        own = torch.ops.aten.native_batch_norm_backward(grad, x, weight, mean, variance, None, None, False, ctx.eps, [True] * 3)
+        sums = torch.stack(own[1:])  # over pixels: grad * normalised x, grad
+        dist.all_reduce(sums)
+        slope, level = sums * weight * (variance + ctx.eps).rsqrt() / count
+        slope = slope * (variance + ctx.eps).rsqrt()
+        slope, level = (c.view(-1, *[1] * (x.ndim - 2)) for c in (slope, level - slope * mean))
+        return own[0].sub_(torch.addcmul(level, x, slope)), *own[1:], None
+
+
+class JointBatchNorm(nn.SyncBatchNorm):
+    """nn.SyncBatchNorm on a CPU, for which PyTorch's has no kernels. timm's layers keep their activation."""
+
+    def forward(self, x):
+        if self.training:
+            x, mean, variance, count = JointNorm.apply(x, self.weight, self.bias, self.eps)
+            self.num_batches_tracked += 1
+            self.running_mean.lerp_(mean, self.momentum)
+            self.running_var.lerp_(variance * count / (count - 1), self.momentum)
+        else:
+            x = super().forward(x)
+        return self.act(self.drop(x)) if hasattr(self, "act") else x
+
+
+def join_batch_norm(model, device):
+    """Let the batch norms of `model` see the processes' batches together; parameters and their names stay."""
+    if device.type == "cuda":
+        from timm.layers import convert_sync_batchnorm
+
+        convert_sync_batchnorm(model)
+        return
+    for module in model.modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm):
+            module.__class__ = JointBatchNorm
+
+
+@torch.no_grad()
+def fuse_batch_norm(model, size):
+    """A copy of a Model to embed with, whose convolutions carry the batch norms that take their outputs: the same embeddings
+    to rounding, sooner, since a batch norm is a pass over memory. Which takes whose is seen in a forward pass of an image of
+    side `size`. `model` itself where nothing can be fused, or where that changes the embeddings (a convolution whose output
+    goes elsewhere, too). Either way `model` is left in eval mode."""
+    device, folded = model.mean.device, copy.deepcopy(model.eval())
+    images = torch.randint(256, (1, 3, size, size), dtype=torch.uint8, generator=torch.Generator().manual_seed(0)).to(device)
+    outputs, pairs, hooks = [], [], []
+
+    def after(conv, _, output):
+        outputs.append((conv, output))
+
+    def before(norm, inputs):
+        pairs.extend((conv, norm) for conv, output in outputs if output is inputs[0])
+
+    for module in folded.backbone.modules():
+        if isinstance(module, nn.Conv2d):
+            hooks.append(module.register_forward_hook(after))
+        elif isinstance(module, nn.modules.batchnorm._BatchNorm):
+            hooks.append(module.register_forward_pre_hook(before))
+    true = folded(images)
+    for hook in hooks:
+        hook.remove()
+    if not pairs:
+        return model
+    names = {module: name for name, module in folded.named_modules()}
+    for conv, norm in pairs:
+        conv.weight, conv.bias = fuse_conv_bn_weights(conv.weight, conv.bias, norm.running_mean, norm.running_var, norm.eps,
+                                                      norm.weight, norm.bias)
+        rest = nn.Sequential(norm.drop, norm.act) if hasattr(norm, "act") else nn.Identity()  # timm's layers: its activation
+        folded.set_submodule(names[norm], rest)
+    same = (folded(images) - true).norm() <= 0.01 * true.norm()
+    return folded if same else model

@@ -26,13 +26,14 @@ from utils import (
     accuracy,
     file_fingerprint,
     fingerprint,
+    is_first,
     load_json,
     load_npy,
     load_npz,
     lock,
     pick_device,
-    place,
     processes,
+    rank_and_world,
     reserve,
     run,
     save_csv,
@@ -265,10 +266,10 @@ def label_oof(runs, fold, labels, classes, args, wanted, device):
     result = {vote: np.full(len(labels), -1) for vote in wanted}
     for k, out in by_fold(runs):
         held, rest, arrays = np.flatnonzero(fold == k), np.flatnonzero(fold != k), [r["train"] for r in out]
-        said = label(Joined(arrays, held), Joined(arrays, rest), labels[rest], classes, mean_heads(out, "train", held),
-                     args, wanted, device, scratch(args))[0]
+        predicted = label(Joined(arrays, held), Joined(arrays, rest), labels[rest], classes, mean_heads(out, "train", held),
+                          args, wanted, device, scratch(args))[0]
         for vote in wanted:
-            result[vote][held] = said[vote]
+            result[vote][held] = predicted[vote]
     return result
 
 
@@ -289,7 +290,7 @@ def ranked(queries, gallery, numbers, count, args, device):
 
 def scratch(args):
     """Folder of this process for what a search leaves while it runs."""
-    return Path(args.output) / "search" / f"process{place()[0]}"
+    return Path(args.output) / "search" / f"process{rank_and_world()[0]}"
 
 
 def fitting(runs, names):
@@ -298,10 +299,10 @@ def fitting(runs, names):
     return [name for name in names if heads or name not in WITH_HEAD]
 
 
-def score(said, truth):
+def score(predicted, truth):
     """{vote: accuracy over the rows that have a label}, or None when none has."""
-    known = next(iter(said.values())) >= 0
-    return {vote: round(accuracy(s[known], truth[known]), 4) for vote, s in said.items()} if known.any() else None
+    known = next(iter(predicted.values())) >= 0
+    return {vote: round(accuracy(s[known], truth[known]), 4) for vote, s in predicted.items()} if known.any() else None
 
 
 # ------------------------------------------------------------------------------------------- what is not in the gallery
@@ -335,7 +336,7 @@ def strangers(runs, grown, fold, own, numbers, output, device):
     for (k, out), (_, after) in zip(by_fold(runs), by_fold(grown), strict=True):
         rows, gallery = np.flatnonzero(fold == k), Joined([r["train"] for r in after])
         found[str(k)] = np.sort(nearest_stranger([r["train"] for r in out], rows, gallery, own[rows], numbers, device))
-    if place()[0] == 0:
+    if is_first():
         with contextlib.suppress(Unwritable):
             save_npz(file, own=True, key=key, **found)  # own: not of retrieve.py alone, which holds the lock
     return found
@@ -399,7 +400,7 @@ def rejecter(runs, grown, train, classes, numbers, args, device):
     if args.reject < 1 / (1 + count):
         raise InputError(f"--reject {args.reject}: {count} photographs tell what is strange, so give {1 / (1 + count):.2g} or "
                          "more")
-    if unseen is None and place()[0] == 0:
+    if unseen is None and is_first():
         print("the rate of --reject is that of products which the runs trained on; that of new ones is higher: "
               "scripts/leave_out.py measures by how much, and corrects it", file=sys.stderr)
     return lambda near: (strangeness(near, found) if unseen is None else ranks(strangeness(near, found), unseen)) > args.reject
@@ -413,13 +414,13 @@ def score_oof(args, runs, grown, train, labels, classes, vote, device):
     accuracy})."""
     fold, choose = load_folds(args.output, train), args.vote == "auto" and folds_by(args.output) != "random"
     wanted = fitting(runs, VOTES if choose else [*DEFAULT_VOTES, vote])
-    said = label_oof(runs, fold, labels, len(classes), args, wanted, device)
-    scores = score(said, labels)
+    predicted = label_oof(runs, fold, labels, len(classes), args, wanted, device)
+    scores = score(predicted, labels)
     if choose and scores:
         vote = max(["nearest", *fitting(grown, wanted)], key=scores.get)  # of equal ones the first
-    if place()[0] == 0:
+    if is_first():
         names = np.array([*classes, ""], object)  # the last, -1: no run held the image out
-        save_csv(Path(args.output) / "oof.csv", train[["path", "label"]].assign(fold=fold, prediction=names[said[vote]]))
+        save_csv(Path(args.output) / "oof.csv", train[["path", "label"]].assign(fold=fold, prediction=names[predicted[vote]]))
     return vote, scores
 
 
@@ -427,29 +428,29 @@ def search_test(args, runs, grown, train, classes, numbers, vote, device):
     """What all processes do together for the test images: ({vote: class numbers}, similarity, index, which are strange, the
     nearest classes for --top or None)."""
     key = fingerprint([(args.k, runs_digest(grown))])
-    store = Store(Path(args.output) / "search", key) if place()[0] == 0 else None
+    store = Store(Path(args.output) / "search", key) if is_first() else None
     wanted = list(dict.fromkeys([*fitting(grown, DEFAULT_VOTES), vote]))
-    said, similarity, index = label_test(grown, numbers, len(classes), args, wanted, device, store)
+    predicted, similarity, index = label_test(grown, numbers, len(classes), args, wanted, device, store)
     rejects, top = rejecter(runs, grown, train, classes, numbers, args, device), None
     strange = rejects(nearest_by_fold(grown, device)) if rejects else np.zeros(len(index), bool)
     if args.top:
         gallery, queries = (Joined([r[split] for r in grown]) for split in ("train", "test"))
         top = ranked(queries, gallery, numbers, args.top, args, device)
-    return said, similarity, index, strange, top
+    return predicted, similarity, index, strange, top
 
 
-def write_test(args, test, good, truth, gallery, classes, numbers, vote, said, similarity, index, strange, top):
+def write_test(args, test, good, truth, gallery, classes, numbers, vote, predicted, similarity, index, strange, top):
     """Write what search_test found of the readable images `good` of `test`; an image in bad_images.csv gets the most frequent
     label. truth: true labels, or None. Returns what scores.json says of it."""
     output = Path(args.output)
-    said = {name: with_bad(test, good, own, np.bincount(numbers).argmax()) for name, own in said.items()}
+    predicted = {name: with_bad(test, good, own, np.bincount(numbers).argmax()) for name, own in predicted.items()}
     strange, similarity = with_bad(test, good, strange, False), with_bad(test, good, similarity, 0)
     save_npz(output / "neighbours.npz", similarity=similarity,
              index=with_bad(test, good, gallery.index.to_numpy()[index], -1))
     for name in ("confidence.csv", "top.csv"):  # of the former submission
         (output / name).unlink(missing_ok=True)
     names = np.array([*classes, ""], object)
-    prediction = np.where(strange, UNKNOWN, names[said[vote]])
+    prediction = np.where(strange, UNKNOWN, names[predicted[vote]])
     save_csv(output / "submission.csv", test.assign(prediction=prediction))
     if args.top:
         top = [[*dict.fromkeys([own, *others])][:args.top]  # the submission's label comes first
@@ -460,11 +461,11 @@ def write_test(args, test, good, truth, gallery, classes, numbers, vote, said, s
     scores = {"submission": file_fingerprint(output / "submission.csv")}
     if truth is not None:
         true = number_of(truth, classes)
-        scores["test"] = score(said, true)
+        scores["test"] = score(predicted, true)
     if args.reject:
         scores["reject"] = {"rate": args.reject, "kept": round(1 - strange.mean(), 4)}
         if truth is not None:
-            right = said[vote] == true
+            right = predicted[vote] == true
             scores["reject"] |= {"accuracy_kept": None if strange.all() else round(right[~strange].mean(), 4),
                                  "false_accepts": None if (true >= 0).all() else round(1 - strange[true < 0].mean(), 4)}
     return scores
@@ -473,7 +474,7 @@ def write_test(args, test, good, truth, gallery, classes, numbers, vote, said, s
 def retrieve(args, device, train, good):
     """Search, vote, write; returns the scores. good: the readable test images, or None. Under torchrun only the first process
     writes."""
-    first = place()[0] == 0
+    first = is_first()
     runs = load_runs(args.output, args.runs, train, good)
     grown, gallery = grow(runs, args.output, train)
     # Two views, the same where nothing was added or removed: runs, train, labels out-of-fold; grown, gallery, numbers for test.

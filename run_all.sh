@@ -90,7 +90,7 @@ fi
 ((${#cards[@]})) && export CUDA_VISIBLE_DEVICES=${cards[0]} || cards=("")  # one card: whichever PyTorch finds
 [[ -t 1 && ${#cards[@]} == 1 ]] && export PROGRESS=1
 
-child='' show=(cat) beside=1
+child='' show=(cat) beside=1  # of stage: its process; how its lines are shown, how many share the time, as start_run sets them
 # stage NAME LOG COMMAND...: run it, copy what it prints to LOG (without progress bars), note its seconds, side by side a share
 stage() {
     local name=$1 start=$SECONDS code; log=$2; shift 2
@@ -107,10 +107,10 @@ stage() {
 finish_log() { exec {pipe}>&-; wait "$copy"; sed -i 's/.*\r//' "$log"; }  # all is printed and logged; no bars in the log
 
 free=("${cards[@]}") run_of=() card_of=()  # the trainings at work, by process id
-train() {  # train ARCH FOLD LOG: start a run on a free card; waits for a card, not for the run
-    until ((${#free[@]})); do finish; done
+start_run() {  # start_run ARCH FOLD LOG: start a run on a free card; waits for a card, not for the run
+    until ((${#free[@]})); do await_run; done
     (
-        trap stop TERM
+        trap stop_all TERM
         run_of=() card_of=() common=(--arch "$1" --fold "$2" --input "$INPUT" --output "$out" "${DEVICE[@]}")
         [[ ${free[0]} ]] && export CUDA_VISIBLE_DEVICES=${free[0]}
         if ((${#cards[@]} > 1)); then
@@ -124,7 +124,7 @@ train() {  # train ARCH FOLD LOG: start a run on a free card; waits for a card, 
     ) &
     run_of[$!]="$1 fold $2: see $3" card_of[$!]=${free[0]} free=("${free[@]:1}")
 }
-finish() {  # wait until a run ends: a failure is noted, its card is free
+await_run() {  # wait until a run ends: a failure is noted, its card is free
     wait -n "${!run_of[@]}"
     for pid in "${!run_of[@]}"; do
         kill -0 "$pid" 2> /dev/null && continue
@@ -133,12 +133,12 @@ finish() {  # wait until a run ends: a failure is noted, its card is free
         unset "run_of[$pid]" "card_of[$pid]"
     done
 }
-stop() {
+stop_all() {
     ((${#run_of[@]})) && kill -TERM "${!run_of[@]}" 2> /dev/null && wait "${!run_of[@]}"
     [[ $child ]] && kill -TERM "$child" 2> /dev/null && { wait "$child"; finish_log; }
     exit 130
 }
-trap stop INT TERM
+trap stop_all INT TERM
 
 start=$SECONDS out=$OUTPUT
 . scripts/setup.sh
@@ -172,9 +172,9 @@ for ((round = 1; round <= ROUNDS; round++)); do
         [[ ! -f $OUTPUT/bad_images.csv ]] || cp "$OUTPUT/bad_images.csv" "$out/" || exit 2
     fi
     for arch in "${archs[@]}"; do
-        for fold in "${folds[@]}"; do train "$arch" "$fold" "$out/${arch//[\/:]/_}/fold$fold/train.log"; done
+        for fold in "${folds[@]}"; do start_run "$arch" "$fold" "$out/${arch//[\/:]/_}/fold$fold/train.log"; done
     done
-    while ((${#run_of[@]})); do finish; done
+    while ((${#run_of[@]})); do await_run; done
     for script in extract.py retrieve.py scripts/expect.py scripts/report.py scripts/summary.py; do
         name=$(basename "$script" .py) flags=("${DEVICE[@]}" "${SCRIPTS[@]}")
         case $script in

@@ -13,7 +13,7 @@ with |q| = 1, |g'| <= 1 + |s|, |r| and |s| measured. Sums of D products in float
 import functools
 import warnings
 
-from utils import InputError, Store, on_first, pick_precision, place, progress
+from utils import InputError, Store, is_first, my_rows, on_first, pick_precision, progress, rank_and_world
 
 import numpy as np
 import torch
@@ -89,7 +89,8 @@ def in_place(device):
 
 def pair_products(query, array, row, start):
     """Inner products of pairs in float32: those of query [n, D] number i are with the rows row[start[i]:start[i + 1]] of
-    the array [m, D], which is read in place. Equal pairs give equal digits, wherever they stand."""
+    the array [m, D], which is read in place. Equal pairs give equal digits, wherever they stand: hence a sparse product and
+    no dense one, whose digits depend on its shape."""
     array = as_tensor(array)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # sparse CSR is "in beta"
@@ -144,10 +145,10 @@ class Gallery:
             column += array.shape[1]
             factor = self.factor[j, a]
             # Tiny and huge rows: the query takes over a power of two, which rounds nothing, lest float32 overflow or vanish.
-            power = (factor.clamp(min=1e-300).log2() / 60).round().clamp(-2, 2) * 60 * (factor > 0)
-            for p in power.unique() if power.any() else [torch.tensor(0.0)]:
-                product = pair_products(share * 2.0 ** p.item(), array, rows, start)
-                result += torch.where(power == p, product * (factor * 2.0 ** -p.item()).float(), 0)
+            exponent = (factor.clamp(min=1e-300).log2() / 60).round().clamp(-2, 2) * 60 * (factor > 0)
+            for e in exponent.unique() if exponent.any() else [torch.tensor(0.0)]:
+                product = pair_products(share * 2.0 ** e.item(), array, rows, start)
+                result += torch.where(exponent == e, product * (factor * 2.0 ** -e.item()).float(), 0)
         return result
 
 
@@ -201,7 +202,7 @@ def candidates(query, gallery, k, worst, mask, limit):
     scale = (query.abs().amax(1, keepdim=True) / 127).clamp(min=1e-30) if gallery.screen == "int8" else query.new_ones(1, 1)
     code, rest = encode_rows(query, gallery.screen, scale)
     unit = scale[:, 0].double() * gallery.scale  # of the products, in cosine
-    error = (rest.double() * (1 + gallery.rest) + gallery.rest) * (1 + 1e-5) + 2 * gallery.sums + 1e-6
+    error = (rest.double() * (1 + gallery.rest) + gallery.rest) * (1 + 1e-5) + 2 * gallery.sums + 1e-6  # and some to spare
     if gallery.screen == "bf16":
         error += 2**-8.9  # the products themselves are rounded
     group = GROUP if k * 4 <= gallery.size // GROUP else 1
@@ -209,7 +210,10 @@ def candidates(query, gallery, k, worst, mask, limit):
     best = best.transpose(0, 1)
     enough = k <= best[0].numel()  # the k-th best of the groups is a lower bound of the k-th best of all
     kth = best.flatten(1).topk(k, sorted=False).values.amin(1).double() * unit if enough else -torch.inf * error
-    kth = kth.clamp(max=1) - error  # codes may be longer than 1, and bfloat16 rounds numbers above it twice as coarsely
+    # Less its error, the k-th best product is a lower bound of the k-th best cosine; a row can only reach that, or the `worst`
+    # of before, if its own product is no more than its error below. (Codes may be longer than 1, and bfloat16 rounds numbers
+    # above it twice as coarsely.)
+    kth = kth.clamp(max=1) - error
     least = ((torch.maximum(kth, worst.double()) - error) / unit).float()
     least -= least.abs() * 1e-6  # this line's own rounding
     hit = best >= least[:, None, None]
@@ -289,49 +293,56 @@ def pick_screen(name, device, work):
 def search(queries, gallery, k, exclude, device, screen, memory, first=0):
     """Yields (slice of the queries, similarity, index), a chunk at a time, from query number `first` on. Under torchrun
     every process searches its share of the gallery and gets the joint result."""
-    rank, ranks = place()
-    low, high = len(gallery) * rank // ranks, len(gallery) * (rank + 1) // ranks
-    width, names = gallery.shape[1], list(SCREENS)
-    row_bytes = {name: width * (SCREENS[name].itemsize + (0 if in_place(device) else 4)) + 16 for name in names}
-    parts = {name: max(TILE, int(min(0.4 * memory / row_bytes[name], 0.25 * memory / (4 * QUERIES)))) for name in names}
-    chunk = QUERIES * max(1, min(16, int(0.1 * memory / (24 * k) / QUERIES)))
-    begun = names.index(screen)
-    whole = Gallery(gallery, low, high, screen, device) if high - low <= parts[screen] and high > low else None
+    mine, ranks = my_rows(len(gallery)), rank_and_world()[1]
+    width, screens = gallery.shape[1], list(SCREENS)[list(SCREENS).index(screen):]
+    row_bytes = {name: width * (SCREENS[name].itemsize + (0 if in_place(device) else 4)) + 16 for name in screens}
+    rows = {name: max(TILE, int(min(0.4 * memory / row_bytes[name], 0.25 * memory / (4 * QUERIES)))) for name in screens}
+    whole = 0 < mine.stop - mine.start <= rows[screen]  # one part: its codes serve all chunks
+    kept = Gallery(gallery, mine.start, mine.stop, screen, device) if whole else None
 
+    def parts(name):
+        for start in range(mine.start, mine.stop, rows[name]):
+            stop = min(start + rows[name], mine.stop)
+            yield kept if kept and name == screen else Gallery(gallery, start, stop, name, device)
+
+    chunk = QUERIES * max(1, min(16, int(0.1 * memory / (24 * k) / QUERIES)))
     for at in range(first, len(queries), chunk):
-        size = min(chunk, len(queries) - at)
-        near, which = torch.full((size, k), -torch.inf, device=device), torch.full((size, k), NONE, device=device)
-        own = torch.as_tensor(exclude[at:at + size], device=device)
-        todo = torch.arange(size)
-        for name in names[begun:]:
-            failed = torch.zeros(size, dtype=torch.bool)
-            for start in range(low, high, parts[name]):
-                if failed[todo].all():
-                    break
-                stop = min(start + parts[name], high)
-                part = whole if whole and name == screen else Gallery(gallery, start, stop, name, device)
-                limit = max(64, 4 * k, part.size // 64) if name != names[-1] else torch.inf
-                for block in todo.split(QUERIES):
-                    block = block[~failed[block]]
-                    if not len(block):
-                        continue
-                    query = queries.take(at + block.numpy(), "queries")[0].to(device)
-                    best, over = search_block(query, part, (near[block], which[block]), own[block], limit)
-                    near[block], which[block] = best
-                    failed[block] = over.cpu()
-                    if failed[todo].sum() > max(64, len(todo) / 2):  # not the screen for this data
-                        failed[todo] = True
-                        begun = max(begun, names.index(name) + 1)
-                        break
-                del part
-            todo = failed.nonzero()[:, 0]
-            near[todo], which[todo] = -torch.inf, NONE
-            if not len(todo):
-                break
-        assert not len(todo), "float32 keeps every candidate"
+        part = slice(at, min(at + chunk, len(queries)))
+        own = torch.as_tensor(exclude[part], device=device)
+        similarity, index, useless = search_chunk(queries, at, own, k, screens, parts, device)
+        screens = screens[useless:]  # the chunks to come are of the same data
         if ranks > 1:
-            near, which = merge(*(join_ranks(t, ranks) for t in (near, which)), k)
-        yield slice(at, at + size), near.cpu().numpy(), which.cpu().numpy()
+            similarity, index = merge(*(join_ranks(t, ranks) for t in (similarity, index)), k)
+        yield part, similarity.cpu().numpy(), index.cpu().numpy()
+
+
+def search_chunk(queries, at, own, k, screens, parts, device):
+    """(similarity, index [q, k], how many of the `screens` were of no use) of q queries from number `at` on. own [q]: the row
+    that a query is not to match, or -1. parts: function of a screen's name -> the parts of the gallery. A query with too many
+    candidates is searched again in all parts by the next finer screen; the last, float32, keeps every one."""
+    similarity = torch.full((len(own), k), -torch.inf, device=device)
+    index, todo, useless = torch.full((len(own), k), NONE, device=device), torch.arange(len(own)), 0
+    for name in screens:
+        failed = torch.zeros(len(own), dtype=torch.bool)
+        for gallery in parts(name):
+            limit = torch.inf if name == screens[-1] else max(64, 4 * k, gallery.size // 64)
+            for block in todo.split(QUERIES):
+                if len(block := block[~failed[block]]):
+                    query = queries.take(at + block.numpy(), "queries")[0].to(device)
+                    best, over = search_block(query, gallery, (similarity[block], index[block]), own[block], limit)
+                    similarity[block], index[block] = best
+                    failed[block] = over.cpu()
+                if failed[todo].sum() > max(64, len(todo) / 2):  # not the screen for this data
+                    failed[todo], useless = True, screens.index(name) + 1
+                    break
+            del gallery  # before the next is made
+            if failed[todo].all():
+                break
+        todo = failed.nonzero()[:, 0]
+        if not len(todo):
+            return similarity, index, useless
+        similarity[todo], index[todo] = -torch.inf, NONE
+    raise AssertionError("float32 keeps every candidate")
 
 
 def join_ranks(tensor, ranks):
@@ -347,7 +358,7 @@ def free_memory(device):
         return 1.0
     free = torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
     free = torch.tensor(free / 2**31, dtype=torch.float64, device=device)
-    if place()[1] > 1:
+    if rank_and_world()[1] > 1:
         dist.all_reduce(free, dist.ReduceOp.MIN)
     return free.item()
 
@@ -373,7 +384,7 @@ def topk(queries, gallery, k, exclude=None, device="cpu", screen="auto", memory=
     store = store or Store()
     similarity, index, first = store.open(similarity=(np.float32, (n, k)), index=(np.int64, (n, k)))
     first = on_first(lambda: first)  # the first process keeps the result, the others go where it stands
-    if place()[0]:
+    if not is_first():
         similarity[:first], index[:first] = 0, 0  # only the first has them
     if k:
         device = torch.device(device)

@@ -34,9 +34,9 @@ from utils import (
     peak_memory,
     pick_device,
     pick_precision,
-    place,
     processes,
     progress,
+    rank_and_world,
     reading,
     run,
     save_checkpoint,
@@ -68,7 +68,7 @@ from dataset import (
     read_pseudo,
     train_fingerprint,
 )
-from extract import embed, is_finished, my_share, pick_batch_size, run_folder
+from extract import embed_model, is_finished, my_share, pick_batch_size, run_folder
 from models import Model, QuickDepthwise, class_weights, freeze, fuse_batch_norm, join_batch_norm, load_weights, loss_sum
 from search import topk
 
@@ -230,8 +230,8 @@ def make_backward(model, scaler, weights, args, device, precision):
         return loss.detach()
 
     if args.compile:
-        model.compile()  # of the training only: extract.embed calls forward itself
-    replayable = place()[1] == args.grad_accum == 1 and not (args.head_first or args.mixup or args.cutmix)
+        model.compile()  # of the training only: extract.py calls forward itself
+    replayable = rank_and_world()[1] == args.grad_accum == 1 and not (args.head_first or args.mixup or args.cutmix)
     return Graphed(backward, model) if device.type == "cuda" and args.cuda_graph and replayable else backward
 
 
@@ -309,8 +309,8 @@ def validate(model, train_part, held_out, weights, args, device, precision):
     """Extraction and retrieval on the held-out fold: {val_loss, head_acc, gap, retrieval_acc}."""
     model = fuse_batch_norm(model, args.test_size[0])
     size = args.eval_batch_size or pick_batch_size(device)
-    how = device, precision, size, args.workers
-    reference, query = (gather(embed(model, my_share(images, size), *how, what, args.test_size))
+    settings = device, precision, size, args.workers
+    reference, query = (gather(embed_model(model, my_share(images, size), *settings, what, args.test_size))
                         for images, what in [(train_part, "embedding train"), (held_out, "embedding held-out")])
     labels, truth = train_part.labels.numpy(), held_out.labels
     with torch.inference_mode():
@@ -441,10 +441,11 @@ def look_features(args, train, device):
     model = Model(args.arch, classes=2)  # its head is not used
     load_weights(model, args.arch, args.weights)
     model.try_sizes([args.size])
-    model.forward = model.features  # what embed_pass calls
+    model.forward = model.features  # what embed_one_size calls
     images = Images(args.input, train["path"], np.zeros(len(train), np.int64), args.size, args.resize)
-    return embed(model.to(device, memory_format=torch.channels_last), images, device, pick_precision(args.precision, device),
-                 args.eval_batch_size or pick_batch_size(device), args.workers, "looks", width=model.neck[0].in_features)
+    return embed_model(model.to(device, memory_format=torch.channels_last), images, device,
+                       pick_precision(args.precision, device), args.eval_batch_size or pick_batch_size(device), args.workers,
+                       "looks", width=model.neck[0].in_features)
 
 
 def choose_images(args, train, fold, classes, labels):
@@ -484,7 +485,7 @@ def start_or_resume(folder, args, classes, stamps, device, precision):
     model, said = new_model(args, classes, device, pretrained=not done)
     if done:
         said = f"resuming after epoch {done - args.head_first}"
-    if place()[1] > 1:
+    if rank_and_world()[1] > 1:
         join_batch_norm(model, device)
     optimiser = make_optimiser(model, args)
     scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")
@@ -522,7 +523,7 @@ def fit(folder, args, recorded, train, fold, device):
     loader = make_loader(images(seen, augment), sampler, args.workers, device)
     weights = class_weights(truth[seen], len(classes)) if args.class_weights else torch.ones(len(classes))
     weights = weights.to(device)
-    kept, rank = ema.module if ema else model, place()[0]  # what is validated and kept
+    kept, rank = ema.module if ema else model, rank_and_world()[0]  # what is validated and kept
     backward = make_backward(model, scaler, weights, args, device, precision)
     print(f"{args.arch} fold {args.fold}: {len(seen)} images, {len(outside)} held out, {len(classes)} classes; "
           f"{device.type} {precision}, {args.size} px; {said}", flush=True)

@@ -15,7 +15,7 @@ os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 MAX_PIXELS = 100_000_000
 os.environ.setdefault("OPENCV_IO_MAX_IMAGE_PIXELS", str(MAX_PIXELS))
 
-script, interrupted = 0, False  # process of the script that runs; whether a Ctrl-C or SIGTERM came
+script, interrupted = 0, False  # process of the script that runs; whether a Ctrl-C or SIGTERM came (run, interrupt)
 INTERRUPTED = "interrupted; the same command, without --restart, goes on from the last finished epoch or file"
 
 
@@ -118,6 +118,26 @@ def printable(text):
     return CONTROL.sub(lambda found: repr(found[0])[1:-1], str(text))
 
 
+def interrupt(number, frame):
+    """SIGTERM ends a script as Ctrl-C does. Schedulers may send several: those that follow shall not disturb the ending."""
+    global interrupted
+    if os.getpid() != script:  # a loader's process, just forked
+        os._exit(130)
+    interrupted = True
+    if number == signal.SIGTERM:
+        signal.signal(number, signal.SIG_IGN)
+    raise KeyboardInterrupt
+
+
+def interrupt_later(lost):
+    """Python only prints what is raised in a callback: while an object is deleted, a loader that ends its workers for one, or a
+    process forks. A Ctrl-C or SIGTERM that comes there shall not be lost: it is raised again a moment later."""
+    if issubclass(lost.exc_type, KeyboardInterrupt):
+        signal.setitimer(signal.ITIMER_REAL, 0.05)
+    elif not interrupted:
+        sys.__unraisablehook__(lost)
+
+
 def run(main):
     """Call main() as a script: user errors are a sentence and code 2, Ctrl-C and SIGTERM a line and code 130. Under torchrun
     the first process prints; the first that fails says why, and the others, which then fail for want of it, end silently."""
@@ -125,7 +145,7 @@ def run(main):
     interrupted, script = False, os.getpid()
     signal.signal(signal.SIGTERM, interrupt)
     signal.signal(signal.SIGINT, interrupt)
-    signal.signal(signal.SIGALRM, signal.default_int_handler)
+    signal.signal(signal.SIGALRM, signal.default_int_handler)  # see interrupt_later
     sys.unraisablehook = interrupt_later
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):  # a file name that is no UTF-8, a terminal that knows no Korean
@@ -171,26 +191,6 @@ def run(main):
         os._exit(code)  # what Python does at its end could wait for the other processes
     if code:
         sys.exit(code)
-
-
-def interrupt_later(lost):
-    """Python only prints what is raised in a callback: while an object is deleted, a loader that ends its workers for one, or a
-    process forks. A Ctrl-C or SIGTERM that comes there shall not be lost: it is raised again a moment later."""
-    if issubclass(lost.exc_type, KeyboardInterrupt):
-        signal.setitimer(signal.ITIMER_REAL, 0.05)
-    elif not interrupted:
-        sys.__unraisablehook__(lost)
-
-
-def interrupt(number, frame):
-    """SIGTERM ends a script as Ctrl-C does. Schedulers may send several: those that follow shall not disturb the ending."""
-    global interrupted
-    if os.getpid() != script:  # a loader's process, just forked
-        os._exit(130)
-    interrupted = True
-    if number == signal.SIGTERM:
-        signal.signal(number, signal.SIG_IGN)
-    raise KeyboardInterrupt
 
 
 # ---------------------------------------------------------------------------------------------------------------- seeds
@@ -308,21 +308,25 @@ def fails_first():
         return True
 
 
-def place():
+def rank_and_world():
     """(number of this process, how many there are); (0, 1) outside `processes`."""
     return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
 
 
-def share(n, step=1):
+def is_first():
+    return rank_and_world()[0] == 0
+
+
+def my_rows(n, step=1):
     """The slice of n rows that is this process's: whole steps of rows, the processes' shares one after the other."""
-    (rank, ranks), steps = place(), -(-n // step)
+    (rank, ranks), steps = rank_and_world(), -(-n // step)
     low, high = (min(n, -(-steps * i // ranks) * step) for i in (rank, rank + 1))
     return slice(low, high)
 
 
 def on_first(work, *args):
     """work(*args) on the first process, while the others wait; the result on all of them."""
-    rank, ranks = place()
+    rank, ranks = rank_and_world()
     box = [work(*args) if rank == 0 else None]
     if ranks > 1:
         dist.broadcast_object_list(box)
@@ -331,7 +335,7 @@ def on_first(work, *args):
 
 def gather(array):
     """The processes' arrays [n, D], one after the other, on every process; n may differ."""
-    arrays = [array] * place()[1]
+    arrays = [array] * rank_and_world()[1]
     if len(arrays) == 1:
         return array
     dist.all_gather_object(arrays, array)
@@ -340,7 +344,7 @@ def gather(array):
 
 def sum_up(tensors):
     """Replace float32 tensors by their sums over the processes, in one exchange."""
-    if place()[1] > 1:
+    if rank_and_world()[1] > 1:
         joined = torch.cat([t.flatten() for t in tensors])
         dist.all_reduce(joined)
         for tensor, total in zip(tensors, joined.split([t.numel() for t in tensors]), strict=True):
@@ -573,7 +577,7 @@ def file_fingerprint(path):
 def lock(folder, wait=False):
     """Hold `folder` against other processes; wait for them, or refuse. A POSIX lock: loader workers do not inherit it,
     and it ends with the process, however that ends. Under torchrun the first process holds it for all."""
-    if place()[0]:
+    if not is_first():
         yield
         return
     folder = Path(folder)
@@ -615,7 +619,7 @@ def gap(predicted, confidence, truth):
 def progress(iterable, what, total=None):
     """tqdm bar on a terminal, nothing in a log file. PROGRESS=1 forces it (run_all.sh pipes its output through tee). Under
     torchrun it shows the first process's share."""
-    show = (sys.stderr.isatty() or os.environ.get("PROGRESS") == "1") and place()[0] == 0
+    show = (sys.stderr.isatty() or os.environ.get("PROGRESS") == "1") and is_first()
     return tqdm(iterable, what, total, leave=False, disable=not show, mininterval=0.5)
 
 

@@ -32,7 +32,7 @@ from dataset import (
     make_loader,
     read_train,
 )
-from extract import embed, run_folder
+from extract import embed_model, run_folder
 from models import EMBEDDING, Model, load_weights
 from train import lr_factor
 
@@ -156,7 +156,7 @@ def train_peer(fold, seed, args):
             loss(embedded, truth.to(device)).backward()
             optimiser.step()
             optimiser.zero_grad()
-    gallery, query = (torch.from_numpy(embed(model, part, device, embedding, workers=workers)) for part in parts[1:])
+    gallery, query = (torch.from_numpy(embed_model(model, part, device, embedding, workers=workers)) for part in parts[1:])
     said = AccuracyCalculator(include=("precision_at_1",), k=1).get_accuracy(
         F.normalize(query), parts[2].labels, F.normalize(gallery), parts[1].labels)
     return {"head_acc": float("nan"), "retrieval_acc": said["precision_at_1"], "seconds": round(time.time() - start)}

@@ -25,7 +25,7 @@ from expect import altered_sets, expect, known_looks
 from sklearn.cluster import KMeans
 
 from dataset import Images, encode, load_folds, load_image, load_test, load_train, read_solution, workers_flag
-from extract import embed_alike
+from extract import embed_as_extracted
 from retrieve import load_runs
 
 FEW = ["none", "dark", "blurred", "coarse", "zoomed", "noisy", "warm", "turned", "covered", "jpeg", "grey", "pale"]
@@ -77,8 +77,8 @@ def main():
                           resize, Altered([] if shift == "none" else [shift]), args.seed)
 
         which = parts.get(shift, picked)
-        embedded = (embed_alike(runs, args.output, altered, device, args.workers) if shift not in parts else
-                    {r["name"]: r["test"][which] for r in runs})
+        embedded = ({r["name"]: r["test"][which] for r in runs} if shift in parts else
+                    embed_as_extracted(runs, args.output, altered, device, args.workers))
         shifted = [r | {"test": embedded[r["name"]]} for r in runs]
         _, number, _, figures = expect(shifted, fold, part, labels, shifted, labels,
                                        [s for s in sets if shift not in s["names"]], prior, args, device)

@@ -33,7 +33,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from dataset import Cache, Images, load_image, loader_flags, make_loader, read_train
-from extract import embed_jointly
+from extract import embed_models
 from models import Model, fuse_batch_norm
 
 LIBRARIES = {"THP_MEM_ALLOC_ENABLE": "0", "GOMP_SPINCOUNT": "300000"}  # their own defaults, for the original's process
@@ -159,7 +159,7 @@ def main():
                         model(resident[:2 * min(last, args.batch_size)])
 
         def run_embed(images, models=models):
-            list(embed_jointly(models, images, device, precision, args.batch_size, args.workers, "embedding", [args.size]))
+            list(embed_models(models, images, device, precision, args.batch_size, args.workers, "embedding", [args.size]))
 
         def copy(host=host, batches=batches):
             for _ in range(batches):

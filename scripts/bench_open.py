@@ -67,7 +67,7 @@ def rejection(runs, output, known, rows, added, truth, args, device):
     by half of the products left out, their training `rows` and embeddings `added`; the other half's test images count."""
     classes, labels = encode(known["label"])
     fold, seen = load_folds(output, known), np.isin(truth, classes)
-    said = nearest(runs, [r["train"] for r in runs], known["label"].to_numpy(), device)
+    predicted = nearest(runs, [r["train"] for r in runs], known["label"].to_numpy(), device)
 
     part = known_looks(output, known, fold)
     held, random, look = out_of_fold(runs, fold, part, labels, len(classes), device, args.looks, args.seed)
@@ -92,8 +92,8 @@ def rejection(runs, output, known, rows, added, truth, args, device):
             for rate in RATES:
                 kept = value <= rate
                 rates.append({"by": by, "rate": rate, "false_accepts": kept[strange].mean(), "known_kept": kept[seen].mean(),
-                              "accuracy_kept": accuracy(said[kept & seen], truth[kept & seen])})
-    return {"known": int(seen.sum()), "unknown": int((~seen).sum()), "accuracy_known": accuracy(said[seen], truth[seen]),
+                              "accuracy_kept": accuracy(predicted[kept & seen], truth[kept & seen])})
+    return {"known": int(seen.sum()), "unknown": int((~seen).sum()), "accuracy_known": accuracy(predicted[seen], truth[seen]),
             "evidence": kinds}, pd.DataFrame(rates).groupby(["by", "rate"], sort=False).agg(["mean", "std"])
 
 
@@ -103,8 +103,8 @@ def growth(runs, known, rows, added, trained, truth, args, device):
     new, result = np.isin(truth, rows["label"]), []
     everything = read_train(args.input, args.allow_outside)["label"].to_numpy(object)
 
-    def row(name, said):
-        by = [accuracy(said[part], truth[part]) for part in (new, ~new, slice(None))]
+    def row(name, predicted):
+        by = [accuracy(predicted[part], truth[part]) for part in (new, ~new, slice(None))]
         result.append({"added": name, **dict(zip(("added_products", "other_products", "all"), by, strict=True))})
 
     for shots in SHOTS:

@@ -195,10 +195,10 @@ def main():
             labels, truth = (np.load(Path(folder) / f"{name}_labels.npy") for name in ("gallery", "queries"))
             with PeakMemory() as peak:
                 start = time.perf_counter()
-                said = label(Joined([queries]), Joined([gallery]), labels, args.classes, None, args, [vote], device,
-                             Path(folder) / "scratch")[0][vote]
+                predicted = label(Joined([queries]), Joined([gallery]), labels, args.classes, None, args, [vote], device,
+                                  Path(folder) / "scratch")[0][vote]
                 took = time.perf_counter() - start
-            print(f"vote {vote:12} {took:7.1f} s  {peak.top:5.2f} GiB  right {(said == truth).mean():.4f}")
+            print(f"vote {vote:12} {took:7.1f} s  {peak.top:5.2f} GiB  right {(predicted == truth).mean():.4f}")
         for engine in args.engines:
             labels = np.load(Path(folder) / "gallery_labels.npy").astype(str)
             table = pd.DataFrame({"path": np.arange(len(labels)).astype(str), "label": labels})

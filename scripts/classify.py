@@ -47,7 +47,7 @@ from dataset import (
     read_image,
     resize,
 )
-from extract import embed_pass, load_model
+from extract import embed_one_size, load_model
 from retrieve import UNKNOWN, by_fold, grow, load_runs, reject_flag, rejecter, runs_digest
 from search import as_tensor, merge
 
@@ -147,8 +147,9 @@ def embed_all(photos, runs, device, batch_size):
             result = []
             for r in runs:
                 precision = pick_precision(r["stamp"]["precision"], device)
-                result.append(np.mean([embed_pass([r["model"]], images[view], device, precision, batch_size, 0, r["name"])[0]
-                                       for view in r["views"]], 0))
+                views = [embed_one_size([r["model"]], images[view], device, precision, batch_size, 0, r["name"])[0]
+                         for view in r["views"]]
+                result.append(np.mean(views, 0))
             yield result
             bar.update(len(zeros))
 

@@ -68,7 +68,7 @@ from dataset import (
     with_bad,
     workers_flag,
 )
-from extract import embed_alike
+from extract import embed_as_extracted
 from retrieve import UNKNOWN, by_fold, check_submission, grow, load_runs, runs_digest
 from search import Joined, merge, topk
 
@@ -155,29 +155,29 @@ def fit_sharpness(best, truth):
     return log.exp().item()
 
 
-def log_odds(best, sharpness, said=None):
-    """Log odds of the class `said` [n] (default: the best) against all others if they compete by
+def log_odds(best, sharpness, predicted=None):
+    """Log odds of the class `predicted` [n] (default: the best) against all others if they compete by
     softmax(sharpness * similarity), [n, C] -> [n]."""
     score = torch.from_numpy(best * np.float32(sharpness))
-    at = score.argmax(1, keepdim=True) if said is None else torch.from_numpy(said)[:, None]
+    at = score.argmax(1, keepdim=True) if predicted is None else torch.from_numpy(predicted)[:, None]
     return (score.gather(1, at)[:, 0] - score.scatter(1, at, -torch.inf).logsumexp(1)).numpy()
 
 
-def calibrate(best, truth, said=None):
-    """Learn from held-out images how often the class `said` [n] (default: the best) is right. The softmax's sharpness is fitted
-    (temperature scaling: Guo et al., On calibration, ICML 2017), then corrected by isotonic regression (Zadrozny and Elkan, KDD
-    2002), which also sees one guess right by chance, and never says more than (n + 1) / (n + 2). Returns plain numbers for
-    `probability`: the sharpness, and the corners of the correcting curve."""
+def calibrate(best, truth, predicted=None):
+    """Learn from held-out images how often the class `predicted` [n] (default: the best) is right. The softmax's sharpness is
+    fitted (temperature scaling: Guo et al., On calibration, ICML 2017), then corrected by isotonic regression (Zadrozny and
+    Elkan, KDD 2002), which also sees one guess right by chance, and never says more than (n + 1) / (n + 2). Returns plain
+    numbers for `probability`: the sharpness, and the corners of the correcting curve."""
     sharpness, (count, classes) = fit_sharpness(best, truth), best.shape
-    right = (best.argmax(1) if said is None else said) == truth
+    right = (best.argmax(1) if predicted is None else predicted) == truth
     curve = IsotonicRegression(y_min=0, y_max=(count + 1) / (count + 2))
-    curve.fit(np.append(log_odds(best, sharpness, said), -np.log(classes - 1)), np.append(right, 1 / classes))
+    curve.fit(np.append(log_odds(best, sharpness, predicted), -np.log(classes - 1)), np.append(right, 1 / classes))
     return {"sharpness": sharpness, "log_odds": curve.X_thresholds_.tolist(), "probability": curve.y_thresholds_.tolist()}
 
 
-def probability(best, calibration, said=None):
-    """Probability that the class `said` [n] (default: the best) is right, [n, C] -> [n], by what `calibrate` learned."""
-    return np.interp(log_odds(best, calibration["sharpness"], said), calibration["log_odds"], calibration["probability"])
+def probability(best, calibration, predicted=None):
+    """Probability that the class `predicted` [n] (default: the best) is right, [n, C] -> [n], by what `calibrate` learned."""
+    return np.interp(log_odds(best, calibration["sharpness"], predicted), calibration["log_odds"], calibration["probability"])
 
 
 def halves(count):
@@ -212,8 +212,8 @@ def beyond_chance(votes, prior):
     """How much of the halves' agreement on a class is more than chance, 0..1 [C]; votes int64 [S, 2, n], prior [C].
     Cohen's kappa (1960) of the two halves is the share of the images that they know; the others they guess by their own
     frequencies p of the classes. So they agree on c by chance with p_c^2, and are right then with p_c prior_c: a class
-    that is said too often, as when a shift drives all images to it, loses. Chance is counted over pairs of different images,
-    lest it be too high for few."""
+    predicted too often, as when a shift drives all images to it, loses. Chance is counted over pairs of different images, lest
+    it be too high for few."""
     count, classes = votes.shape[2], len(prior)
     if count < 2 or not len(votes):
         return np.ones(classes)
@@ -226,35 +226,35 @@ def beyond_chance(votes, prior):
     return np.clip(1 - guessed * p * (p - prior) / agreed.clip(min=1e-12), 0, 1)
 
 
-def agreement(votes, said):
-    """How often both halves give the labels `said` [n]: 0..1 [n]; 1 where there is one run."""
-    return (votes == said).all(1).mean(0) if len(votes) else np.ones(len(said))
+def agreement(votes, predicted):
+    """How often both halves give the labels `predicted` [n]: 0..1 [n]; 1 where there is one run."""
+    return (votes == predicted).all(1).mean(0) if len(votes) else np.ones(len(predicted))
 
 
-def collapse(said, prior):
+def collapse(predicted, prior):
     """Log of how much oftener two of the images [n] have one label than if all classes with a `prior` were equally frequent,
     counting one pair more of each, lest few images tell much; 0 for one image."""
-    pairs, count = len(said) * (len(said) - 1.0), np.bincount(said)
+    pairs, count = len(predicted) * (len(predicted) - 1.0), np.bincount(predicted)
     return np.log(((count * (count - 1.0)).sum() + 2) / (pairs / np.count_nonzero(prior) + 2))
 
 
-def signs(best, votes, said, sharpness, prior):
-    """What tells of errors, of a set of images [n]: `best` are class_best's [n, C], `votes` those of the halves, `said` the
-    labels. float64 [n, 5], as named above, the two of the whole set last."""
-    odds = log_odds(best, sharpness, said)
-    whole = np.array([odds.mean(), collapse(said, prior)])
-    return np.column_stack([odds, agreement(votes, said), beyond_chance(votes, prior)[said], np.tile(whole, (len(said), 1))])
+def signs(best, votes, predicted, sharpness, prior):
+    """What tells of errors, of a set of images [n]: `best` are class_best's [n, C], `votes` those of the halves, `predicted`
+    the labels. float64 [n, 5], as named above, the two of the whole set last."""
+    odds = log_odds(best, sharpness, predicted)
+    whole = np.tile([odds.mean(), collapse(predicted, prior)], (len(predicted), 1))
+    return np.column_stack([odds, agreement(votes, predicted), beyond_chance(votes, prior)[predicted], whole])
 
 
 def observe(part, sharpness, prior):
     """[(signs [m, 5], right [m])] of a set of altered_sets: all its images, and those of a quarter and half the classes."""
-    said, found = part["best"].argmax(1), []
+    predicted, found = part["best"].argmax(1), []
     there = np.flatnonzero(prior)
     some = [np.random.default_rng(n).permutation(there)[:max(3, len(there) // n)] for n in (4, 2)]
     for keep in [slice(None), *(np.isin(part["truth"], classes) for classes in some)]:
-        if len(said[keep]) > 1:
-            found.append((signs(part["best"][keep], part["votes"][..., keep], said[keep], sharpness, prior),
-                          said[keep] == part["truth"][keep]))
+        if len(predicted[keep]) > 1:
+            found.append((signs(part["best"][keep], part["votes"][..., keep], predicted[keep], sharpness, prior),
+                          predicted[keep] == part["truth"][keep]))
     return found
 
 
@@ -265,9 +265,9 @@ def learn(sets, prior):
     observed, squares = [observe(part, sharpness, prior) for part in sets], []
     for own in (part for part in sets if part["names"]):
         others = [seen for part, seen in zip(sets, observed, strict=True) if not set(part["names"]) & set(own["names"])]
-        said = own["best"].argmax(1)
-        right, learned = accuracy(said, own["truth"]), fit(others, sharpness, 1 / (count + 2))
-        off = confide(own["best"], own["votes"], said, learned, prior).mean() - right
+        predicted = own["best"].argmax(1)
+        right, learned = accuracy(predicted, own["truth"]), fit(others, sharpness, 1 / (count + 2))
+        off = confide(own["best"], own["votes"], predicted, learned, prior).mean() - right
         squares.append(off**2 - right * (1 - right) / count)
     return fit(observed, sharpness, 1 / (count + 2)), max(0.0, np.mean(squares)) ** 0.5
 
@@ -289,10 +289,10 @@ def fit(observed, sharpness, least):
     return {"sharpness": sharpness, "weights": weights.tolist(), "offset": offset, "excess": excess, "least": least}
 
 
-def odds_of_right(best, votes, said, learned, prior):
-    """Log odds that the labels `said` [n] of a set of test images are right [n]: all moved alike, so that their mean
+def odds_of_right(best, votes, predicted, learned, prior):
+    """Log odds that the labels `predicted` [n] of a set of test images are right [n]: all moved alike, so that their mean
     probability loses what is learned to be its excess, but within what the learned sets can tell from 0 and 1."""
-    found = signs(best, votes, said, learned["sharpness"], prior)
+    found = signs(best, votes, predicted, learned["sharpness"], prior)
     odds = found @ learned["weights"] + learned["offset"]
     wanted = expit(odds).mean()
     least = np.clip(min(wanted, 1 - wanted), 1e-6, learned["least"])
@@ -300,24 +300,25 @@ def odds_of_right(best, votes, said, learned, prior):
     return odds - brentq(lambda less: expit(odds - less).mean() - wanted, odds.min() - 20, odds.max() + 20)
 
 
-def confide(best, votes, said, learned, prior):
-    """How likely the labels `said` [n] of a set of test images are right [n]."""
-    return expit(odds_of_right(best, votes, said, learned, prior))
+def confide(best, votes, predicted, learned, prior):
+    """How likely the labels `predicted` [n] of a set of test images are right [n]."""
+    return expit(odds_of_right(best, votes, predicted, learned, prior))
 
 
 def calibrate_alone(best, votes, learned, prior):
     """What confide_alone goes by: a photograph alone, as classify.py labels it, is taken for one of the set of test images."""
-    said, sharpness, weights = best.argmax(1), learned["sharpness"], learned["weights"][:3]
-    first = signs(best, votes, said, sharpness, prior)[0, :3] @ weights
+    predicted, sharpness, weights = best.argmax(1), learned["sharpness"], learned["weights"][:3]
+    first = signs(best, votes, predicted, sharpness, prior)[0, :3] @ weights
     return {"sharpness": sharpness, "weights": weights, "kept": beyond_chance(votes, prior),
-            "offset": float(odds_of_right(best, votes, said, learned, prior)[0] - first)}
+            "offset": float(odds_of_right(best, votes, predicted, learned, prior)[0] - first)}
 
 
 def confide_alone(best, votes, calibration):
     """How likely the nearest image's labels are right, of photographs one by one [n], by what expected.json keeps; "kept"
     [C] by class number."""
-    said = best.argmax(1)
-    each = np.column_stack([log_odds(best, calibration["sharpness"]), agreement(votes, said), calibration["kept"][said]])
+    predicted = best.argmax(1)
+    each = np.column_stack([log_odds(best, calibration["sharpness"]), agreement(votes, predicted),
+                            calibration["kept"][predicted]])
     return expit(each @ calibration["weights"] + calibration["offset"])
 
 
@@ -342,7 +343,7 @@ def altered_sets(runs, part, labels, train, args, device):
         def altered(size, resize):
             return AlteredImages(args.input, train["path"].iloc[rows], labels[rows], size, resize, args.seed)
 
-        kept = {"key": key} | embed_alike(runs, args.output, altered, device, args.workers)
+        kept = {"key": key} | embed_as_extracted(runs, args.output, altered, device, args.workers)
         save_npz(file, **kept)
     queries = [kept[r["name"]] for r in runs]
     similarity, index = search_other_looks(Joined(queries), Joined([r["train"] for r in runs]), NEIGHBOURS, device, own, looks)
@@ -392,9 +393,9 @@ def shift(run_, fold, seed, device):
 # ------------------------------------------------------------------------------------------------------------- the work
 
 
-def expect(runs, fold, part, labels, grown, numbers, sets, set_prior, args, device, said=None):
-    """(confidence [n], class number [n], nearest similarity [n], figures for expected.json) of the labels `said` [n] (default:
-    of the nearest images; so where it is -1).
+def expect(runs, fold, part, labels, grown, numbers, sets, set_prior, args, device, predicted=None):
+    """(confidence [n], class number [n], nearest similarity [n], figures for expected.json) of the labels `predicted` [n]
+    (default: of the nearest images; so where it is -1).
     labels: class numbers of the rows of train.csv, of which the `sets` of altered_sets are, their classes as frequent as
     `set_prior`; grown, numbers: the runs and class numbers of the gallery."""
     rows, random, look = out_of_fold(runs, fold, part, labels, labels.max() + 1, device, args.looks, args.seed)
@@ -403,25 +404,25 @@ def expect(runs, fold, part, labels, grown, numbers, sets, set_prior, args, devi
     similarity, index = topk(Joined(queries), Joined([r["train"] for r in grown]), NEIGHBOURS, device=device)
     best = class_best(similarity, numbers[index], numbers.max() + 1)
     nearest = best.argmax(1)
-    said = nearest if said is None else np.where(said < 0, nearest, said)
-    votes, evidence = half_votes(grown, queries, numbers, device), probability(best, calibrate(look, truth), said)
+    predicted = nearest if predicted is None else np.where(predicted < 0, nearest, predicted)
+    votes, evidence = half_votes(grown, queries, numbers, device), probability(best, calibrate(look, truth), predicted)
     prior = np.bincount(numbers) / len(numbers)
     learned, error = learn(sets, set_prior)
-    confidence = confide(best, votes, said, learned, prior)
+    confidence = confide(best, votes, predicted, learned, prior)
     calibration = calibrate_alone(best, votes, learned, prior)
     expected = float(confidence.mean())
     half = 1.64 * (error**2 + expected * (1 - expected) / len(confidence)) ** 0.5
     sharpness = fit_sharpness(random, truth)
     held, right, test = log_odds(random, sharpness), random.argmax(1) == truth, log_odds(best, sharpness)
     figures = {"expected": expected, "low": max(0.0, expected - half), "high": min(1.0, expected + half),
-               "by_evidence": evidence.mean(), "by_agreement": agreement(votes, said).mean() if len(votes) else None,
+               "by_evidence": evidence.mean(), "by_agreement": agreement(votes, predicted).mean() if len(votes) else None,
                "held_out": right.mean(), "held_out_other_looks": accuracy(look.argmax(1), truth),
                "average_thresholded_confidence": average_thresholded_confidence(held, right, test),
                "difference_of_confidences": difference_of_confidences(expit(held), right, expit(test))}
     figures = {name: value if value is None else round(float(value), 4) for name, value in figures.items()}
     figures |= shift(next(r for r in runs if r["fold"]), fold, args.seed, device)
     figures |= {"runs": {r["name"]: runs_digest([r]) for r in runs}, "calibration": calibration}
-    return confidence, said, similarity[:, 0], figures
+    return confidence, predicted, similarity[:, 0], figures
 
 
 def submitted(args, test, classes, grown):
@@ -460,7 +461,7 @@ def tell(args, device):
     runs = load_runs(args.output, args.runs if nearest else list(load_json(scores, runs=dict)["runs"]), train, good)
     grown, gallery = grow(runs, args.output, train)
     labels, (classes, numbers) = encode(train["label"])[1], encode(gallery["label"])
-    vote, said = ("nearest", None) if nearest else submitted(args, good, classes, grown)
+    vote, predicted = ("nearest", None) if nearest else submitted(args, good, classes, grown)
     if not by_fold(runs):
         forget(args.output)
         print("no run held images out, so nothing is known of the accuracy to expect; train runs of folds, not of 'all'")
@@ -468,7 +469,7 @@ def tell(args, device):
     fold = load_folds(args.output, train)
     part = known_looks(args.output, train, fold)
     sets = altered_sets(runs, part, labels, train, args, device)
-    confidence, number, similarity, figures = expect(runs, fold, part, labels, grown, numbers, *sets, args, device, said)
+    confidence, number, similarity, figures = expect(runs, fold, part, labels, grown, numbers, *sets, args, device, predicted)
     forget(args.output)
 
     kept = zip(classes, figures["calibration"]["kept"], strict=True)
@@ -480,10 +481,11 @@ def tell(args, device):
     figures |= {name: round(figures[name] * share, 4) for name in ("expected", "low", "high")}
     table = test[["filename"]].assign(prediction=np.array(classes, object)[number], confidence=confidence.round(4),
                                       similarity=similarity.round(4))
-    said = None if said is None else with_bad(test, good, said, 0)
-    if said is not None and (said < 0).any():
-        table.loc[said < 0, ["prediction", "confidence"]] = UNKNOWN, 0.0
-        print(f"{(said < 0).sum()} of {len(said)} test images are rejected; the expectation is of all, those by their nearest")
+    predicted = None if predicted is None else with_bad(test, good, predicted, 0)
+    if predicted is not None and (predicted < 0).any():
+        table.loc[predicted < 0, ["prediction", "confidence"]] = UNKNOWN, 0.0
+        print(f"{(predicted < 0).sum()} of {len(predicted)} test images are rejected; the expectation is of all, those by "
+              "their nearest")
     truth = read_solution(args.input, test["filename"])
     figures["vote"] = vote
     figures["true"] = None if truth is None else round(float((table["prediction"] == truth).mean()), 4)

@@ -77,13 +77,13 @@ def summarise(args, device):
     for title, members in rows.items():
         results = []
         if fold is not None:
-            said = label_oof(members, fold, labels, len(train_classes), args, votes, device)
-            results.append(("out-of-fold", score(said, labels)))
+            predicted = label_oof(members, fold, labels, len(train_classes), args, votes, device)
+            results.append(("out-of-fold", score(predicted, labels)))
         if truth is not None:
             after = [r for r in grown if r["name"] in [member["name"] for member in members]]
-            said = label_test(after, numbers, len(classes), args, votes, device)[0]
-            said = {vote: with_bad(test, good, x, np.bincount(numbers).argmax()) for vote, x in said.items()}
-            results.append(("test", score(said, number_of(truth, classes))))
+            predicted = label_test(after, numbers, len(classes), args, votes, device)[0]
+            predicted = {vote: with_bad(test, good, x, np.bincount(numbers).argmax()) for vote, x in predicted.items()}
+            results.append(("test", score(predicted, number_of(truth, classes))))
         lines += [[title, split, *(f"{result[vote]:.4f}" for vote in votes)] for split, result in results if result]
     shutil.rmtree(scratch(args), ignore_errors=True)
     report = table(lines, ["accuracy", "images", *(NAMES.get(vote, vote) for vote in votes)])
@@ -97,10 +97,10 @@ def summarise(args, device):
 
     held = Path(args.output) / "oof.csv"
     if held.exists():
-        said = read_csv(held, ["path", "label"])
-        if "prediction" not in said.columns:
+        images = read_csv(held, ["path", "label"])
+        if "prediction" not in images.columns:
             raise InputError(f"{held} has no column 'prediction': it is damaged; run retrieve.py again")
-        wrong = said[(said["prediction"] != "") & (said["prediction"] != said["label"])]
+        wrong = images[(images["prediction"] != "") & (images["prediction"] != images["label"])]
         pairs = wrong.groupby(["label", "prediction"]).size().sort_values(ascending=False, kind="stable").head(CONFUSED)
         lines = [[*(printable(label).replace("|", "\\|") for label in pair), str(count)] for pair, count in pairs.items()]
         report += "\n\n" + table(lines, ["confused most often, out-of-fold", "labelled", "images"]) if lines else ""

@@ -47,7 +47,7 @@ def batch_norms(folder):
 
     device = torch.device("cpu")
     with utils.processes(device):
-        rank = utils.place()[0]
+        rank = utils.rank_and_world()[0]
         for name, make in NORMS.items():
             norm = nn.Sequential(make())
             join_batch_norm(norm, device)

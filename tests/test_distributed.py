@@ -136,7 +136,7 @@ def test_an_unreadable_image_ends_all_processes_with_one_sentence(tmp_path):
 def test_what_several_processes_cannot_do_is_said(monkeypatch):
     from dataset import EpochSampler
 
-    monkeypatch.setattr("dataset.place", lambda: (0, 3))
+    monkeypatch.setattr("dataset.rank_and_world", lambda: (0, 3))
     with pytest.raises(utils.InputError, match="3 processes cannot share 2 images"):
         EpochSampler(100, 0, 8, 4)
 
@@ -148,7 +148,7 @@ def test_the_shares_of_a_batch_make_the_batch(monkeypatch):
     shares = []
     for rank in range(3):
         for module in ("dataset", "utils"):
-            monkeypatch.setattr(f"{module}.place", lambda rank=rank: (rank, 3))
+            monkeypatch.setattr(f"{module}.rank_and_world", lambda rank=rank: (rank, 3))
         shares.append(EpochSampler(25, 3, 10, 2))
     assert [s.sizes for s in shares] == [[2, 2], [2, 2], [1, 1]] and [s.batch_size for s in shares] == [10] * 3
     for batch, *parts in zip(whole, *shares, strict=True):
@@ -160,8 +160,8 @@ def test_shares_are_whole_steps_and_cover_all(monkeypatch):
     for n, ranks, step in [(24, 2, 5), (3, 4, 1), (1, 2, 64), (100, 3, 7)]:
         rows = []
         for rank in range(ranks):
-            monkeypatch.setattr("utils.place", lambda rank=rank, ranks=ranks: (rank, ranks))
-            part = utils.share(n, step)
+            monkeypatch.setattr("utils.rank_and_world", lambda rank=rank, ranks=ranks: (rank, ranks))
+            part = utils.my_rows(n, step)
             assert part.start % step == 0 or part.start == n
             rows += range(n)[part]
         assert rows == list(range(n))

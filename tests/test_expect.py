@@ -14,7 +14,7 @@ from conftest import ROOT, script
 from sklearn.dummy import DummyRegressor
 
 from dataset import Images
-from extract import embed_alike
+from extract import embed_as_extracted
 
 sys.path.insert(0, str(ROOT / "scripts"))
 import bench_expect
@@ -214,12 +214,12 @@ def test_altered_images_are_made_once_for_runs_of_one_size(data, output):
     paths, made = pd.read_csv(data / "train.csv")["path"][:3], []
     names = ["test_efficientnet/fold0", "test_nfnet/fold1"]
     runs = [{"name": name, "stamp": load_json(output / name / "extract.json")} for name in names]
-    found = embed_alike(runs, output, make, torch.device("cpu"), 0)
+    found = embed_as_extracted(runs, output, make, torch.device("cpu"), 0)
     assert made == [32]
     for name in names:
         assert np.allclose(found[name], np.load(output / name / "train.npy")[:3], atol=1e-5)
     runs[0]["stamp"]["sizes"] = [48, 32]
-    apart = embed_alike(runs, output, make, torch.device("cpu"), 0)
+    apart = embed_as_extracted(runs, output, make, torch.device("cpu"), 0)
     assert made[1:] == [48, 32] and np.array_equal(apart[names[1]], found[names[1]])
     assert not np.allclose(apart[names[0]], found[names[0]], atol=1e-3)
 

@@ -230,7 +230,7 @@ def test_the_head_s_own_epochs_leave_the_backbone_as_it_was(data, tmp_path):
 
 def test_adapted_batch_norm_and_sizes_at_extraction(data, finished):
     from dataset import Images, read_test
-    from extract import adapt_bn, embed
+    from extract import adapt_bn, embed_model
     from models import build
 
     flags = ["--input", data, "--output", finished, "--arch", "test_efficientnet", "--precision", "fp32"]
@@ -247,9 +247,9 @@ def test_adapted_batch_norm_and_sizes_at_extraction(data, finished):
     adapt_bn(model, images, torch.device("cpu"))
     first = next(m for m in model.modules() if isinstance(m, torch.nn.BatchNorm2d))
     assert first.running_mean.abs().sum() > 0 and not first.training
-    assert np.allclose(embed(model, images, torch.device("cpu")), np.load(run / "test.npy"), atol=1e-4)
+    assert np.allclose(embed_model(model, images, torch.device("cpu")), np.load(run / "test.npy"), atol=1e-4)
     script("extract.py", *flags, "--test-size", 32, 64)
-    double = embed(build(load_checkpoint(run / "best.pt")), images.at(64), torch.device("cpu"))
+    double = embed_model(build(load_checkpoint(run / "best.pt")), images.at(64), torch.device("cpu"))
     assert np.allclose(np.load(run / "test.npy"), (plain["test"] + double) / 2, atol=1e-4)
 
 
@@ -423,7 +423,7 @@ def test_embeddings_are_the_flip_average(data, output):
                                    RuntimeError("FIND was unable to find an engine to execute this computation")])
 def test_a_batch_that_does_not_fit_is_halved(data, error):
     from dataset import Images
-    from extract import embed
+    from extract import embed_model
     from models import Model
 
     def forward(batch):
@@ -435,13 +435,13 @@ def test_a_batch_that_does_not_fit_is_halved(data, error):
     images, sizes, most = Images(data, [f"train/bottle_{i}.png" for i in range(6)], np.zeros(6, np.int64), 32), [], 99
     model = Model("test_nfnet", 4)
     model.forward, width = forward, model.neck[0].in_features
-    whole = embed(model, images, torch.device("cpu"), batch_size=6, width=width)
+    whole = embed_model(model, images, torch.device("cpu"), batch_size=6, width=width)
     most, sizes[:] = 4, []
-    halved = embed(model, images, torch.device("cpu"), batch_size=6, width=width)
+    halved = embed_model(model, images, torch.device("cpu"), batch_size=6, width=width)
     assert sizes == [12, 6, 2, 2, 2, 2, 2, 2] and np.allclose(halved, whole, rtol=1e-4, atol=1e-6)
     most = 1
     with pytest.raises(RuntimeError, match=str(error)):
-        embed(model, images, torch.device("cpu"), batch_size=6, width=width)
+        embed_model(model, images, torch.device("cpu"), batch_size=6, width=width)
 
 
 def test_retrieve_writes_the_submission_in_its_order(data, output):

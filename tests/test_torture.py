@@ -27,7 +27,7 @@ from dataset import (
     read_test,
     read_train,
 )
-from extract import embed, is_finished
+from extract import embed_model, is_finished
 from models import Model, load_weights
 from search import topk
 from train import load_last
@@ -291,7 +291,7 @@ def test_a_zero_embedding_is_caught_with_its_file(data):
             return torch.zeros(len(images), 4)
 
     with pytest.raises(InputError, match=f"{names[0]} gives a NaN, infinite or zero embedding"):
-        embed(Zero(), Images(data, names, np.zeros(len(names)), 8), torch.device("cpu"), width=4)
+        embed_model(Zero(), Images(data, names, np.zeros(len(names)), 8), torch.device("cpu"), width=4)
 
 
 # --------------------------------------------------------------------------------------------------------- skipping images
