@@ -11,7 +11,8 @@ A set counts as one observation, whatever its size, and once more each as the im
 a collapse of the labels and few products be mistaken for each other. By how much that is too high or too low for sets of like
 evidence and collapse is learned, too (kernel ridge regression), and taken off. The interval is as wide as the errors on the
 alterations when each is left out of what is learned.
-It is for the labels of the submission, by whatever vote; before there is one, for those of the nearest image.
+That is for the labels of the nearest images; those of the submission, by another vote, are taken for as much better as they are
+out-of-fold, where the folds see a shift.
 
 Reads  what retrieve.py reads and, if it ran, what it writes; training images, best.pt of the runs
 Writes output/confidence.csv (filename,prediction,confidence,similarity in the order of the submission), output/expected.json,
@@ -260,16 +261,15 @@ def observe(part, sharpness, prior):
 
 def learn(sets, prior):
     """(what is learned by all sets of altered_sets, its error): the error of what is expected of an altered set by all others
-    but those that share an alteration with it, root mean square, less what so few images err in the truth itself."""
-    sharpness, count = fit_sharpness(sets[0]["best"], sets[0]["truth"]), len(sets[0]["truth"])
+    but those that share an alteration with it, root mean square."""
+    sharpness, least = fit_sharpness(sets[0]["best"], sets[0]["truth"]), 1 / (len(sets[0]["truth"]) + 2)
     observed, squares = [observe(part, sharpness, prior) for part in sets], []
     for own in (part for part in sets if part["names"]):
         others = [seen for part, seen in zip(sets, observed, strict=True) if not set(part["names"]) & set(own["names"])]
         predicted = own["best"].argmax(1)
-        right, learned = accuracy(predicted, own["truth"]), fit(others, sharpness, 1 / (count + 2))
-        off = confide(own["best"], own["votes"], predicted, learned, prior).mean() - right
-        squares.append(off**2 - right * (1 - right) / count)
-    return fit(observed, sharpness, 1 / (count + 2)), max(0.0, np.mean(squares)) ** 0.5
+        off = confide(own["best"], own["votes"], predicted, fit(others, sharpness, least), prior).mean()
+        squares.append((off - accuracy(predicted, own["truth"])) ** 2)
+    return fit(observed, sharpness, least), np.mean(squares) ** 0.5
 
 
 def fit(observed, sharpness, least):
@@ -289,20 +289,21 @@ def fit(observed, sharpness, least):
     return {"sharpness": sharpness, "weights": weights.tolist(), "offset": offset, "excess": excess, "least": least}
 
 
-def odds_of_right(best, votes, predicted, learned, prior):
+def odds_of_right(best, votes, predicted, learned, prior, gain=0.0):
     """Log odds that the labels `predicted` [n] of a set of test images are right [n]: all moved alike, so that their mean
-    probability loses what is learned to be its excess, but within what the learned sets can tell from 0 and 1."""
-    found = signs(best, votes, predicted, learned["sharpness"], prior)
-    odds = found @ learned["weights"] + learned["offset"]
-    wanted = expit(odds).mean()
+    probability is that of the nearest images' labels, less what is learned to be its excess, but within what the learned sets
+    can tell from 0 and 1, and `gain` more."""
+    nearest = signs(best, votes, best.argmax(1), learned["sharpness"], prior)
+    odds = signs(best, votes, predicted, learned["sharpness"], prior) @ learned["weights"] + learned["offset"]
+    wanted = expit(nearest @ learned["weights"] + learned["offset"]).mean()
     least = np.clip(min(wanted, 1 - wanted), 1e-6, learned["least"])
-    wanted = np.clip(wanted - learned["excess"].predict(found[:1, 3:])[0], least, 1 - least)
+    wanted = np.clip(wanted - learned["excess"].predict(nearest[:1, 3:])[0] + gain, least, 1 - least)
     return odds - brentq(lambda less: expit(odds - less).mean() - wanted, odds.min() - 20, odds.max() + 20)
 
 
-def confide(best, votes, predicted, learned, prior):
-    """How likely the labels `predicted` [n] of a set of test images are right [n]."""
-    return expit(odds_of_right(best, votes, predicted, learned, prior))
+def confide(best, votes, predicted, learned, prior, gain=0.0):
+    """How likely the labels `predicted` [n] of a set of test images are right [n]; see odds_of_right."""
+    return expit(odds_of_right(best, votes, predicted, learned, prior, gain))
 
 
 def calibrate_alone(best, votes, learned, prior):
@@ -393,9 +394,10 @@ def shift(run_, fold, seed, device):
 # ------------------------------------------------------------------------------------------------------------- the work
 
 
-def expect(runs, fold, part, labels, grown, numbers, sets, set_prior, args, device, predicted=None):
+def expect(runs, fold, part, labels, grown, numbers, sets, set_prior, args, device, predicted=None,
+           gain=0.0):
     """(confidence [n], class number [n], nearest similarity [n], figures for expected.json) of the labels `predicted` [n]
-    (default: of the nearest images; so where it is -1).
+    (default: of the nearest images; so where it is -1), which are right `gain` more often than those.
     labels: class numbers of the rows of train.csv, of which the `sets` of altered_sets are, their classes as frequent as
     `set_prior`; grown, numbers: the runs and class numbers of the gallery."""
     rows, random, look = out_of_fold(runs, fold, part, labels, labels.max() + 1, device, args.looks, args.seed)
@@ -408,7 +410,7 @@ def expect(runs, fold, part, labels, grown, numbers, sets, set_prior, args, devi
     votes, evidence = half_votes(grown, queries, numbers, device), probability(best, calibrate(look, truth), predicted)
     prior = np.bincount(numbers) / len(numbers)
     learned, error = learn(sets, set_prior)
-    confidence = confide(best, votes, predicted, learned, prior)
+    confidence = confide(best, votes, predicted, learned, prior, gain)
     calibration = calibrate_alone(best, votes, learned, prior)
     expected = float(confidence.mean())
     half = 1.64 * (error**2 + expected * (1 - expected) / len(confidence)) ** 0.5
@@ -426,7 +428,8 @@ def expect(runs, fold, part, labels, grown, numbers, sets, set_prior, args, devi
 
 
 def submitted(args, test, classes, grown):
-    """(vote, its class numbers of the test images [n], -1 for rejected ones) of the submission."""
+    """(vote, its class numbers of the test images [n], -1 for rejected ones, its gain) of the submission. The gain: by how much
+    its accuracy out-of-fold is above that of the nearest image; 0 where folds at random see no shift."""
     output = Path(args.output)
     scores = load_json(output / "scores.json", vote=str)
     table = read_csv(output / "submission.csv", ["filename", "prediction"])
@@ -434,7 +437,9 @@ def submitted(args, test, classes, grown):
     check_submission(output, scores, grown)
     if not table["filename"].equals(test["filename"]):
         raise InputError(f"{output}/submission.csv is of other images than there are now; run retrieve.py again")
-    return scores["vote"], number_of(table["prediction"], classes)
+    vote, oof = scores["vote"], scores.get("oof") or {}
+    gain = oof[vote] - oof["nearest"] if vote in oof and folds_by(output) != "random" else 0.0
+    return vote, number_of(table["prediction"], classes), gain
 
 
 def forget(output):
@@ -461,7 +466,7 @@ def tell(args, device):
     runs = load_runs(args.output, args.runs if nearest else list(load_json(scores, runs=dict)["runs"]), train, good)
     grown, gallery = grow(runs, args.output, train)
     labels, (classes, numbers) = encode(train["label"])[1], encode(gallery["label"])
-    vote, predicted = ("nearest", None) if nearest else submitted(args, good, classes, grown)
+    vote, predicted, gain = ("nearest", None, 0.0) if nearest else submitted(args, good, classes, grown)
     if not by_fold(runs):
         forget(args.output)
         print("no run held images out, so nothing is known of the accuracy to expect; train runs of folds, not of 'all'")
@@ -469,7 +474,8 @@ def tell(args, device):
     fold = load_folds(args.output, train)
     part = known_looks(args.output, train, fold)
     sets = altered_sets(runs, part, labels, train, args, device)
-    confidence, number, similarity, figures = expect(runs, fold, part, labels, grown, numbers, *sets, args, device, predicted)
+    confidence, number, similarity, figures = expect(runs, fold, part, labels, grown, numbers, *sets, args, device, predicted,
+                                                       gain)
     forget(args.output)
 
     kept = zip(classes, figures["calibration"]["kept"], strict=True)

@@ -164,6 +164,10 @@ def test_what_is_learned_from_altered_sets_holds_on_another(blur, collapse):
     assert abs(learned["excess"].predict([[1e3, 1e3]])[0]) < 1e-9, "nothing is corrected far from all that is known"
     alone = expect.calibrate_alone(test["best"], test["votes"], learned, prior)
     assert np.allclose(expect.confide_alone(test["best"], test["votes"], alone), confidence)
+    other = np.where(np.arange(len(said)) % 3, said, (said + 1) % 8)
+    voted = expect.confide(test["best"], test["votes"], other, learned, prior, gain=0.05)
+    assert voted.mean() == pytest.approx(confidence.mean() + 0.05), "of another vote: as much better as it is out-of-fold"
+    assert voted[other == said].mean() > voted[other != said].mean() + 0.1
 
 
 def test_the_excess_is_taken_off_within_what_the_sets_can_tell():
@@ -270,6 +274,11 @@ def test_the_expectation_is_of_the_submitted_vote(data, output, tmp_path):
     script("retrieve.py", "--input", data, "--output", output, "--vote", "head")
     script("scripts/expect.py", "--input", data, "--output", output)
     table, scores = pd.read_csv(output / "confidence.csv", dtype=str), load_json(output / "scores.json")
+    voted, nearest = load_json(output / "expected.json")["expected"], scores["oof"]["nearest"]
+    save_json(output / "scores.json", scores | {"oof": scores["oof"] | {"head": nearest}})
+    script("scripts/expect.py", "--input", data, "--output", output)
+    gain = voted - load_json(output / "expected.json")["expected"]
+    assert gain == pytest.approx(scores["oof"]["head"] - nearest, abs=2e-4) and gain != 0
     assert table["prediction"].tolist() == pd.read_csv(output / "submission.csv", dtype=str)["prediction"].tolist()
     assert json.loads((output / "expected.json").read_text())["vote"] == "head"
     held = pd.read_csv(output / "oof.csv", dtype=str).dropna()
