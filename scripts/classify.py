@@ -147,9 +147,9 @@ def embed_all(photos, runs, device, batch_size):
             result = []
             for r in runs:
                 precision = pick_precision(r["stamp"]["precision"], device)
-                views = [embed_one_size([r["model"]], images[view], device, precision, batch_size, 0, r["name"])[0]
-                         for view in r["views"]]
-                result.append(np.mean(views, 0))
+                each = [embed_one_size([r["model"]], images[view], device, precision, batch_size, 0, r["name"])[0]
+                        for view in r["views"]]
+                result.append(np.mean(each, 0))
             yield result
             bar.update(len(zeros))
 
