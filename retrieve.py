@@ -307,6 +307,11 @@ def score(predicted, truth):
 
 # ------------------------------------------------------------------------------------------- what is not in the gallery
 
+# --reject: `strangers` knows how near to the gallery photographs of none of its products come, from held-out images whose
+# product is taken out of it. The `strangeness` of a photograph is the share of them that are at least as near as it. Above the
+# rate it is UNKNOWN; or, where leave_out.py has measured the strangeness of products that no run trained on, if its rank among
+# these is.
+
 
 def nearest_stranger(arrays, rows, gallery, own, labels, device):
     """Similarity of the `rows` of the arrays [N, D] to the nearest gallery row of another label, float32 [n]. own [n], labels

@@ -78,6 +78,7 @@ def without_duplicates(rows, known):
 
 def embed_added(rows, before, runs, args, device):
     """Embeddings [runs, n, 512] of the added images; those that `before` has of a run as it is now are taken over."""
+    # had: {(run, as it was): {content: embedding}}; known: {run: those of it as it is}; some: the runs that lack an image
     had = {(name, by): dict(zip(before["content"], vectors, strict=True))
            for name, by, vectors in zip(before["runs"], before["stamps"], before["embeddings"], strict=True)}
     known = {r["name"]: had.get((r["name"], gallery_key(r)), {}) for r in runs}
