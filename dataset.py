@@ -107,7 +107,8 @@ def short(text, most=100):
 
 
 def inside(table, column, path, outside=False, otherwise=", or --allow-outside"):
-    """Refuse a path that would leave its folder, unless `outside`; and control characters, which no photograph's name has."""
+    """Refuse a path that would leave its folder, unless `outside`; and control characters, which no photograph's name has.
+    otherwise: what else than another path the user may give."""
     for row, name in enumerate(table[column]):
         if not outside and (PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts):
             raise InputError(f"{path}, row {row + 2}: {short(name)} leaves its folder; use a path below it{otherwise}")
@@ -115,14 +116,14 @@ def inside(table, column, path, outside=False, otherwise=", or --allow-outside")
             raise InputError(f"{path}, row {row + 2}: {short(name)} has a control character; rename the file")
 
 
-def read_train(folder, outside=False):
-    """train.csv of `folder`: DataFrame path, label[, group], all text. outside: paths may leave the folder."""
+def read_train(folder, outside=False, least=2):
+    """train.csv of `folder`: DataFrame path, label[, group], all text. outside: paths may leave the folder; least: labels."""
     path = Path(folder) / "train.csv"
     table = read_csv(path, ["path", "label"])
     if "group" in table.columns:
         read_csv(path, ["path", "group"])
     inside(table, "path", path, outside)
-    if table["label"].nunique() < 2:
+    if table["label"].nunique() < least:
         raise InputError(f"{path} has one label only ({short(table['label'][0])}); classification needs two or more")
     seen = {}
     for label in table["label"].unique():
@@ -383,7 +384,10 @@ def decode_image(data, name):
 def upright(pixels, data, name):
     """The pixels [H, W, ...] of an image file's bytes turned as its EXIF orientation says."""
     with reading(name, "replace it or leave it out"):
-        turn = Image.open(io.BytesIO(data)).getexif().get(0x112, 1)
+        file, exif = Image.open(io.BytesIO(data)), Image.Exif()
+        file.getexif()  # finds what stands behind a PNG's pixels, but also what OpenCV does not go by, as XMP
+        exif.load(file.info.get("exif", b""))
+        turn = exif.get(0x112, 1)
     pixels = pixels.swapaxes(0, 1) if turn in (5, 6, 7, 8) else pixels
     return pixels[::-1 if turn in (3, 4, 7, 8) else 1, ::-1 if turn in (2, 3, 6, 7) else 1]
 
@@ -417,11 +421,13 @@ def resize(image, size, how="squash"):
     """uint8 [H, W, 3] -> [size, size, 3] with the whole product: squashed, or with its proportions, amid black."""
     sides, to = image.shape[:2], (size, size)
     if how == "pad":
-        to = [max(1, round(side * size / max(sides))) for side in sides]
+        to = tuple(max(1, round(side * size / max(sides))) for side in sides)
     shrink = sides[0] * sides[1] > to[0] * to[1]
     image = cv2.resize(image, (to[1], to[0]), interpolation=cv2.INTER_AREA if shrink else cv2.INTER_LINEAR)
+    if to == (size, size):
+        return image
     (top, left), (bottom, right) = ([(size - side) // 2 for side in to], [-((side - size) // 2) for side in to])
-    return cv2.copyMakeBorder(image, top, bottom, left, right, cv2.BORDER_CONSTANT) if how == "pad" else image
+    return cv2.copyMakeBorder(image, top, bottom, left, right, cv2.BORDER_CONSTANT)
 
 
 def load_image(path, size, how):

@@ -295,7 +295,7 @@ def import_weights(args, folder, train):
         raise InputError(f"--weights {args.weights} brings no neck, so there is no embedding to extract; give a whole "
                          "checkpoint, or train one with train.py")
     plain = Path(args.weights).suffix == ".safetensors"
-    if said.startswith("checkpoint") and not plain and "args" in load_checkpoint(args.weights):
+    if part == "all" and said.startswith("checkpoint") and not plain and "args" in load_checkpoint(args.weights):
         raise InputError(f"--weights {args.weights} is a run of this project, whose arguments count, too; copy its folder to "
                          f"{args.output}/<arch>/fold<k> instead")
     # Where labels are numbers it sorted them as such, and here they are text.
@@ -419,7 +419,7 @@ def extract_jointly(jobs, args, rows, labels, names, device, cache):
             return [Store(job["folder"] / ".extract" / f"{split}{rank_and_world()[0]}" / str(size), job["key"]) for job in jobs]
 
         good, joint = [], embed_models(models, my_share(images, batch_size), device, precision, batch_size, args.workers,
-                                        f"{what}, {split}", sizes, stores)
+                                       f"{what}, {split}", sizes, stores)
         for job, embedded in zip(jobs, map(gather, joint), strict=True):
             folder, stamp = job["folder"], job["stamp"]
             try:

@@ -138,8 +138,10 @@ class Model(nn.Module):
             except torch.OutOfMemoryError:
                 raise
             except (AssertionError, RuntimeError) as error:  # timm's check of the size; nothing is left to pool
-                raise InputError(f"{type(self.backbone).__name__} takes no images of {size} px ({error}); give another --size, "
-                                 "and --test-size") from None
+                if re.search("CUDA|cuDNN|CUBLAS", str(error)):
+                    raise
+                raise InputError(f"{type(self.backbone).__name__} takes no images of {size} px ({error}); give other sizes, "
+                                 "--size and --test-size") from None
         self.train(training)
 
     def forward(self, images):
@@ -210,8 +212,6 @@ def load_weights(model, arch, weights):
         return load_lite(model.backbone, lite[1])
     try:
         state = make_backbone(arch, pretrained=True).state_dict()
-    except InputError:
-        raise
     except Exception as error:  # no network, no such file, no space: the hub's client raises all kinds
         raise InputError(
             f"--weights auto: the pretrained weights of {arch} could not be fetched ({type(error).__name__}: "

@@ -13,6 +13,7 @@ Writes output/{neighbours.npz,submission.csv,scores.json,oof.csv}; with --top, o
 import argparse
 import contextlib
 import json
+import math
 import os
 import shutil
 import sys
@@ -403,8 +404,8 @@ def rejecter(runs, grown, train, classes, numbers, args, device):
     unseen = left_out(args.output, train)
     count = sum(map(len, found.values())) if unseen is None else len(unseen)
     if args.reject < 1 / (1 + count):
-        raise InputError(f"--reject {args.reject}: {count} photographs tell what is strange, so give {1 / (1 + count):.2g} or "
-                         "more")
+        least = math.ceil(1e4 / (1 + count)) / 1e4
+        raise InputError(f"--reject {args.reject}: {count} photographs tell what is strange, so give {least:g} or more")
     if unseen is None and is_first():
         print("the rate of --reject is that of products which the runs trained on; that of new ones is higher: "
               "scripts/leave_out.py measures by how much, and corrects it", file=sys.stderr)
@@ -435,8 +436,8 @@ def search_test(args, runs, grown, train, classes, numbers, vote, device):
     key = fingerprint([(args.k, runs_digest(grown))])
     store = Store(Path(args.output) / "search", key) if is_first() else None
     wanted = list(dict.fromkeys([*fitting(grown, DEFAULT_VOTES), vote]))
-    predicted, similarity, index = label_test(grown, numbers, len(classes), args, wanted, device, store)
     rejects, top = rejecter(runs, grown, train, classes, numbers, args, device), None
+    predicted, similarity, index = label_test(grown, numbers, len(classes), args, wanted, device, store)
     strange = rejects(nearest_by_fold(grown, device)) if rejects else np.zeros(len(index), bool)
     if args.top:
         gallery, queries = (Joined([r[split] for r in grown]) for split in ("train", "test"))

@@ -56,6 +56,10 @@ while (($#)); do
 done
 [[ $N_FOLDS =~ ^([2-9]|[1-9][0-9]+)$ ]] || { echo "error: --n-folds $N_FOLDS: give 2, 3, ..." >&2; exit 2; }
 archs=($ARCHS) folds=(${FOLDS:-$(seq 0 $((N_FOLDS - 1)))})
+for fold in "${folds[@]}"; do
+    [[ $fold == all || ($fold =~ ^[0-9]+$ && 10#$fold -lt $N_FOLDS) ]] ||
+        { echo "error: --folds $fold: give 0 .. $((N_FOLDS - 1)), or all" >&2; exit 2; }
+done
 [[ ${BASH_SOURCE[0]} == "$0" ]] || return 0  # scripts/slurm.sh reads its flags here
 
 if [[ -z $DEMO && ! -f $INPUT/train.csv ]]; then

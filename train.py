@@ -330,7 +330,8 @@ def validate(model, train_part, held_out, weights, args, device, precision):
 def check_run(args, train, fold, device):
     """Build once what the run needs: better refused now than when --restart has thrown away the run that is there."""
     classes, labels = encode(train["label"])
-    choose_images(args, train, fold, classes, labels)
+    seen = choose_images(args, train, fold, classes, labels)[2]
+    EpochSampler(len(seen), args.seed, args.batch_size, args.grad_accum)
     new_model(args, len(classes), device)
 
 
@@ -339,14 +340,15 @@ def record_arguments(folder, args, device):
     if args.restart:
         for old in ("log.csv", "last.pt", "best.pt", "extract.json", "args.json", EVENTS):  # the log first: see load_last
             (folder / old).unlink(missing_ok=True)
-    begun = [folder / name for name in ("last.pt", "best.pt") if (folder / name).exists()]
-    file, recorded = folder / "args.json", None  # before the first epoch nothing is at stake
-    if begun and file.exists():
-        if load_json(file, epochs=int)["epochs"] == 0:
+    begun = [folder / name for name in ("best.pt", "last.pt") if (folder / name).exists()]
+    recorded = None  # before the first epoch nothing is at stake
+    if begun:
+        recorded = load_json(folder / "args.json", epochs=int) if (folder / "args.json").exists() else (
+            load_checkpoint(begun[0], args=dict)["args"])
+        if recorded.get("epochs") == 0:
             raise InputError(f"{folder} holds weights that extract.py has imported; give another --fold or --output")
-        recorded = load_json(file, precision=str, embed_precision=str)
-    elif begun:
-        recorded = load_checkpoint(begun[0], args=dict)["args"]
+        if not all(isinstance(recorded.get(name), str) for name in ("precision", "embed_precision")):
+            raise InputError(f"{folder}/args.json is damaged (no precision); delete it, and run train.py again")
     given = args.precision  # as on the command line: the loop below overwrites it
     if recorded:
         recorded = {name: value for name, value in recorded.items() if name not in NOT_RECORDED}
@@ -513,13 +515,13 @@ def fit(folder, args, recorded, train, fold, device):
     paths, truth, seen, inside, outside, stamps = choose_images(args, train, fold, classes, labels)
     model, ema, optimiser, scaler, (done, best, history), said = start_or_resume(folder, args, len(classes), stamps, device,
                                                                                  precision)
+    sampler = EpochSampler(len(seen), args.seed, args.batch_size, args.grad_accum)
     augment, cache = augmentation(args), Cache(args)
     cache.add(args.input, paths, [args.size, *args.test_size], args.resize)
 
     def images(rows, augment=None):
         return Images(args.input, paths[rows], truth[rows], args.size, args.resize, augment, args.seed, cache)
 
-    sampler = EpochSampler(len(seen), args.seed, args.batch_size, args.grad_accum)
     loader = make_loader(images(seen, augment), sampler, args.workers, device)
     weights = class_weights(truth[seen], len(classes)) if args.class_weights else torch.ones(len(classes))
     weights = weights.to(device)
@@ -569,7 +571,8 @@ def main():
     device = pick_device(args.device, args.deterministic)
     if args.tensorboard:
         event_bytes([])  # a missing package is better known now than after an epoch
-    if args.compile and not any(map(shutil.which, [os.environ["CXX"]] if "CXX" in os.environ else ["gcc", "g++", "clang"])):
+    compilers = [*(os.environ[name].split(" ")[0] for name in ("CC", "CXX") if os.environ.get(name)), "gcc", "g++", "clang"]
+    if args.compile and not any(map(shutil.which, compilers)):
         raise InputError("--compile needs a C compiler: install gcc, or leave the flag out")
     with processes(device):
         train, _ = on_first(check_inputs, args, args.check)  # test images: better known now than after ten runs

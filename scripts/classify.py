@@ -179,7 +179,7 @@ def classify(photos, runs, labels, classes, calibration, args, device):
             elif calibration:
                 confidence = probability(best, calibration)
             near = [each[out].mean(0).amax(1).numpy() for out in folds.values()]
-            found.append((best.argmax(1), confidence, similarity[:, :args.k], index[:, :args.k], *near))
+            found.append((labels[index[:, 0]], confidence, similarity[:, :args.k], index[:, :args.k], *near))
     joined = [None if parts[0] is None else np.concatenate(parts) for parts in zip(*found, strict=True)]
     return *joined[:4], dict(zip(folds, joined[4:], strict=True))
 

@@ -291,8 +291,8 @@ def fit(observed, sharpness, least):
 
 def odds_of_right(best, votes, predicted, learned, prior, gain=0.0):
     """Log odds that the labels `predicted` [n] of a set of test images are right [n]: all moved alike, so that their mean
-    probability is that of the nearest images' labels, less what is learned to be its excess, but within what the learned sets
-    can tell from 0 and 1, and `gain` more."""
+    probability is that of the nearest images' labels, less what is learned to be its excess, and `gain` more, but within what
+    the learned sets can tell from 0 and 1."""
     nearest = signs(best, votes, best.argmax(1), learned["sharpness"], prior)
     odds = signs(best, votes, predicted, learned["sharpness"], prior) @ learned["weights"] + learned["offset"]
     wanted = expit(nearest @ learned["weights"] + learned["offset"]).mean()
@@ -394,8 +394,7 @@ def shift(run_, fold, seed, device):
 # ------------------------------------------------------------------------------------------------------------- the work
 
 
-def expect(runs, fold, part, labels, grown, numbers, sets, set_prior, args, device, predicted=None,
-           gain=0.0):
+def expect(runs, fold, part, labels, grown, numbers, sets, set_prior, args, device, predicted=None, gain=0.0):
     """(confidence [n], class number [n], nearest similarity [n], figures for expected.json) of the labels `predicted` [n]
     (default: of the nearest images; so where it is -1), which are right `gain` more often than those.
     labels: class numbers of the rows of train.csv, of which the `sets` of altered_sets are, their classes as frequent as
@@ -405,7 +404,7 @@ def expect(runs, fold, part, labels, grown, numbers, sets, set_prior, args, devi
     queries = [r["test"] for r in grown]
     similarity, index = topk(Joined(queries), Joined([r["train"] for r in grown]), NEIGHBOURS, device=device)
     best = class_best(similarity, numbers[index], numbers.max() + 1)
-    nearest = best.argmax(1)
+    nearest = numbers[index[:, 0]]
     predicted = nearest if predicted is None else np.where(predicted < 0, nearest, predicted)
     votes, evidence = half_votes(grown, queries, numbers, device), probability(best, calibrate(look, truth), predicted)
     prior = np.bincount(numbers) / len(numbers)
@@ -475,7 +474,7 @@ def tell(args, device):
     part = known_looks(args.output, train, fold)
     sets = altered_sets(runs, part, labels, train, args, device)
     confidence, number, similarity, figures = expect(runs, fold, part, labels, grown, numbers, *sets, args, device, predicted,
-                                                       gain)
+                                                     gain)
     forget(args.output)
 
     kept = zip(classes, figures["calibration"]["kept"], strict=True)

@@ -20,7 +20,7 @@ import numpy as np
 import pandas as pd
 
 from dataset import encode, load_folds, load_train, read_train, train_fingerprint
-from extract import embed_files, finished_runs, run_folder
+from extract import embed_files, finished_runs, is_finished, run_folder
 from retrieve import LEFT_OUT, embedding_settings, load_runs, nearest_by_fold, strangeness, strangers
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -56,8 +56,8 @@ def without(source, train, folder, left, test=False):
     return train[out]
 
 
-def train_again(recorded, eval_every, source, output, args):
-    """Train and extract a run of the recorded arguments (args.json), on another data folder."""
+def train_again(recorded, source, output, args):
+    """Train and extract a run of the recorded arguments (args.json, eval_every), on another data folder."""
     flags = ["--input", source, "--output", output, "--device", args.device, *["--allow-outside"] * args.allow_outside]
     shared = len(flags)
     for name, value in recorded.items():
@@ -67,7 +67,7 @@ def train_again(recorded, eval_every, source, output, args):
         elif value is not None and name not in NOT_REPEATED:
             flags += [f"--{flag}", *(value if isinstance(value, list) else [value])]
     run_ = ["--arch", recorded["arch"], "--fold", recorded["fold"]]
-    for command in (["train.py", *flags, "--eval-every", eval_every], ["extract.py", *flags[:shared], *run_]):
+    for command in (["train.py", *flags], ["extract.py", *flags[:shared], *run_]):
         done = subprocess.run([sys.executable, ROOT / command[0], *map(str, command[1:])])
         if done.returncode:
             raise InputError(f"{command[0]} on {source} failed, see above; the same command goes on from there")
@@ -77,6 +77,8 @@ def main():
     args = parse_args()
     output, train = Path(args.output), load_train(args)
     folders = [output / name for name in args.runs] if args.runs else finished_runs(output)
+    if open_ := [folder for folder in folders if not is_finished(folder)]:
+        raise InputError(f"{open_[0]} is no finished run; train it to its end first")
     recipes = [load_json(folder / "args.json") for folder in folders]
     recipes = [r for r in recipes if str(r["fold"]).isdecimal()]  # these were trained here and held images out
     if not args.runs:
@@ -98,7 +100,7 @@ def main():
     for recipe in recipes:
         log = pd.read_csv(run_folder(output, recipe["arch"], recipe["fold"]) / "log.csv")
         first = int(log["epoch"][log["retrieval_acc"].notna()].min())  # it was validated every so many epochs
-        train_again(recipe, first, source, beside, args)
+        train_again(recipe | {"eval_every": first}, source, beside, args)
     device = pick_device(args.device)
 
     rest = read_train(source, args.allow_outside)

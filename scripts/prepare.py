@@ -159,14 +159,14 @@ def folders(source, args):
     parts = [name for name in ("train", "val", "test") if (source / name).is_dir()]
     if "train" in parts and "test" in parts:
         if args.test_share is not None:
-            raise InputError(f"{source} has train/ and test/, so --test-share has nothing to share out; leave it away")
+            raise InputError(f"{source} has train/ and test/, so --test-share has nothing to share out; leave it out")
         train = pd.concat([tree(source, name) for name in parts[:-1]], ignore_index=True)
-        if any(p.suffix.lower() in SUFFIXES for p in (source / "test").glob("*/**/*")):
+        if photographs(source / "test", "*/**/*"):
             return source, train, tree(source, "test")
         return source, train, pd.DataFrame({"path": relative(photographs(source / "test", "*"), source)})
-    if "train" in parts:
-        raise InputError(f"{source} has no folder test/ beside {' and '.join(parts)}, which would be labels then; add one, or "
-                         f"give {source}/train as SRC")
+    if parts and {p.name for p in source.iterdir() if p.is_dir() and not p.name.startswith(".")} == {*parts}:
+        raise InputError(f"{source} holds {' and '.join(parts)} only, which would be labels; name the folders of photographs "
+                         f"train and test, or give {source}/{parts[0]} as SRC")
     table, share = tree(source, ""), 0.2 if args.test_share is None else args.test_share
     order = np.random.default_rng(args.seed).permutation(len(table))
     place = table.iloc[order].groupby("label").cumcount().reindex(table.index)
@@ -253,7 +253,7 @@ def main():
             save_csv(output / name, table)
         else:
             (output / name).unlink(missing_ok=True)
-    read_train(output)  # is it what the other scripts take?
+    read_train(output, least=1)  # is it what the other scripts take?
     print(f"{output}: {len(train)} training and {len(test)} test images of {train['label'].nunique()} labels")
 
 

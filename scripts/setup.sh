@@ -21,7 +21,7 @@ EOF
 for PYTHON in python python3 python3.14 python3.13 python3.12 python3.11 none; do
     "$PYTHON" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && break
 done
-[ "$PYTHON" != none ] || { echo "error: no Python 3.11 or newer on the PATH; install one" >&2; exit 2; }
+PYTHON=$(command -v "$PYTHON") || { echo "error: no Python 3.11 or newer on the PATH; install one" >&2; exit 2; }
 stamp=$(cat requirements.txt "$requirements" | cksum)
 if ! satisfied "$PYTHON"; then
     if [ "$(cat ".venv/ready.$requirements" 2>/dev/null)" != "$stamp" ]; then

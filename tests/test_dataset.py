@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import TURNED_HEIC
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, PngImagePlugin
 from torch.utils.data import DataLoader
 from torchvision.transforms import v2
 
@@ -220,6 +220,10 @@ def test_every_kind_of_image_comes_out_as_upright_rgb(photo, tmp_path):
             white = shown[..., 3] == 0
             image = read_image(tmp_path / f"turned.{kind}")
             assert (image[white] == 255).all() and (image[~white] == shown[~white][:, :3]).all(), (kind, turn)
+    note = PngImagePlugin.PngInfo()  # XMP: OpenCV does not turn the colours by it
+    note.add_itxt("XML:com.adobe.xmp", '<x:xmpmeta xmlns:x="adobe:ns:meta/"><r tiff:Orientation="6"/></x:xmpmeta>')
+    Image.fromarray(alpha).save(tmp_path / "note.png", pnginfo=note)
+    assert Image.open(tmp_path / "note.png").getexif()[0x0112] == 6 and (read_image(tmp_path / "note.png")[:, 45:] == 255).all()
 
 
 def test_a_phone_s_heic_is_read_or_the_package_named(tmp_path, monkeypatch):

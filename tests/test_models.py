@@ -192,7 +192,7 @@ def test_a_vision_transformer_takes_images_of_any_size_of_whole_patches():
         assert tokens.shape == (2, 10, 64) and torch.allclose(found, tokens[:, 0], atol=1e-5), "of 3 x 3 patches, the class's"
         assert model(images).shape == (2, 512) and model(images[..., :32, :32]).shape == (2, 512)
     model.try_sizes([32, 48])
-    with pytest.raises(InputError, match=r"takes no images of 40 px .*patch size.*another --size, and --test-size"):
+    with pytest.raises(InputError, match=r"takes no images of 40 px .*patch size.*give other sizes"):
         model.try_sizes([32, 40])
     freeze(model.backbone, 1)
     assert not model.backbone.pos_embed.requires_grad and model.backbone.blocks[-1].norm1.weight.requires_grad

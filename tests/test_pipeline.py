@@ -102,7 +102,7 @@ def test_events_go_on_where_they_are_right_and_are_mended_where_not(tmp_path):
 def test_tensorboard_that_is_not_there_is_named_before_training(data, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "tensorboard.compat.proto.event_pb2", None)
     assert "pip install tensorboard" in train(data, tmp_path, "test_nfnet", 0, "--tensorboard", code=2).stderr
-    monkeypatch.setenv("CXX", "none")
+    monkeypatch.setenv("PATH", str(tmp_path))
     assert "needs a C compiler" in train(data, tmp_path, "test_nfnet", 0, "--compile", code=2).stderr
     assert not (tmp_path / "test_nfnet").exists()
 
@@ -140,8 +140,9 @@ def test_other_arguments_are_refused_by_name_and_restart_begins_anew(data, finis
     refused = train(data, finished, "test_efficientnet", 0, "--lr", "0.1", code=2)
     assert "--lr 0.002 (now 0.1)" in refused.stderr, "it is in last.pt, too"
     before = best.read_bytes()
-    for flags in (("--weights", "none.pth"), ("--pseudo", "none.csv"), ("--size", "0")):
-        train(data, finished, "test_efficientnet", 0, "--restart", *flags, code=2)
+    for flags, message in [(("--weights", "none.pth"), "no such file"), (("--pseudo", "none.csv"), "none.csv is not there"),
+                           (("--weights", best, "--freeze", 99), "--freeze 99"), (("--arch", "no_net"), "--arch no_net")]:
+        assert message in train(data, finished, "test_efficientnet", 0, "--restart", *flags, code=2).stderr
     assert best.read_bytes() == before, "what cannot be trained throws nothing away"
     anew = train(data, finished, "test_efficientnet", 0, "--lr", "0.1", "--epochs", "1", "--restart")
     assert "epoch 1/1" in anew.stdout
@@ -679,6 +680,7 @@ def test_run_all_takes_the_folds_that_there_are():
                               capture_output=True, text=True)
         assert done.stdout.strip() == folds
     assert "--n-folds three" in run_all("--n-folds", "three", code=2).stderr
+    assert "--folds 9: give 0 .. 4" in run_all("--folds", "0 9", code=2).stderr
 
 
 def test_run_all_says_what_is_missing_and_refuses_a_second_copy(data, tmp_path):

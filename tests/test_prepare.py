@@ -116,6 +116,9 @@ def test_photographs_without_labels_and_none_to_label(tmp_path):
     for flags, message in [(("--test-share", 0), "nothing to share out"), (("--suffix", ".png"), "--suffix is for csv"),
                            (("--output", source / "out"), "whose images are read")]:
         assert message in script("scripts/prepare.py", "folders", source, *flags, code=2).stderr
+    photos(tmp_path / "new", ["cola/1.jpg", "cola/2.jpg"])
+    script("scripts/prepare.py", "folders", tmp_path / "new", "--output", tmp_path / "one", "--test-share", 0)
+    assert (tmp_path / "one" / "train.csv").read_text().count("cola\n") == 2, "one new product, for add_products.py"
     shutil.rmtree(source / "test")
     assert "would be labels" in script("scripts/prepare.py", "folders", source, "--output", output, code=2).stderr
 
