@@ -6,17 +6,17 @@
 #   bash run_all.sh --demo                        makes a demo data set first; minutes on two CPU cores
 #   bash run_all.sh --archs "nfnet_l0" --folds "0 1" --epochs 10 --size 224 --input input/mine --output output/mine
 #
-# --archs and --folds list the runs (default all folds, of --n-folds); --input, --output name the folders; --rounds 2 trains once
-# more, in output/round2, with the confident test images of the first round; --cards "0 2" takes these cards only (default all,
-# or CUDA_VISIBLE_DEVICES), --cards "cpu cpu" takes two runs at a time to the processor, each with half of its cores;
-# --folds-only draws the demo and the folds and stops; --vote, --k, --top and --reject go to retrieve.py; every other flag
-# to train.py (--allow-outside to all scripts; --workers, --[no-]cache, --cache-size and --deterministic also to extract.py,
-# --workers to expect.py).
+# --archs and --folds list the runs (default all folds, of --n-folds), or --runs "nfnet_l0/fold0 tf_efficientnet_b1/fold1" does,
+# one by one; --input, --output name the folders; --rounds 2 trains once more, in output/round2, with the confident test images of the
+# first round; --cards "0 2" takes these cards only (default all, or CUDA_VISIBLE_DEVICES), --cards "cpu cpu" takes two runs at a
+# time to the processor, each with half of its cores; --folds-only draws the demo and the folds and stops; --vote, --k, --top and
+# --reject go to retrieve.py; every other flag to train.py (--allow-outside to all scripts; --workers, --[no-]cache, --cache-size
+# and --deterministic also to extract.py, --workers to expect.py).
 set -uo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")" || exit 2
 
 ARCHS="nfnet_l0 tf_efficientnet_b1.ns_jft_in1k"
-FOLDS= N_FOLDS=5
+FOLDS= N_FOLDS=5 RUNS=
 INPUT=input
 OUTPUT=output
 ROUNDS=1
@@ -39,7 +39,7 @@ while (($#)); do
         --demo) ;;
         --folds-only) FOLDS_ONLY=1 ;;
         -h|--help) usage 0 ;;
-        --archs|--folds|--input|--output|--rounds|--cards)
+        --archs|--folds|--runs|--input|--output|--rounds|--cards)
             [[ -n ${2:-} ]] || { echo "error: $1 needs a value" >&2; exit 2; }
             name=${1#--}; declare "${name^^}=$2"; shift ;;
         --n-folds) TRAIN+=("$1" "${2:-}"); N_FOLDS=${2:-}; shift ;;
@@ -55,11 +55,17 @@ while (($#)); do
     shift
 done
 [[ $N_FOLDS =~ ^([2-9]|[1-9][0-9]+)$ ]] || { echo "error: --n-folds $N_FOLDS: give 2, 3, ..." >&2; exit 2; }
-archs=($ARCHS) folds=(${FOLDS:-$(seq 0 $((N_FOLDS - 1)))})
-for fold in "${folds[@]}"; do
-    [[ $fold == all || ($fold =~ ^[0-9]+$ && 10#$fold -lt $N_FOLDS) ]] ||
-        { echo "error: --folds $fold: give 0 .. $((N_FOLDS - 1)), or all" >&2; exit 2; }
+runs=($RUNS)
+((${#runs[@]})) || for arch in $ARCHS; do
+    for fold in ${FOLDS:-$(seq 0 $((N_FOLDS - 1)))}; do runs+=("$arch/fold$fold"); done
 done
+((${#runs[@]})) || { echo "error: no runs; give --archs and --folds, or --runs" >&2; exit 2; }
+for run in "${runs[@]}"; do
+    fold=${run##*/fold}
+    [[ $run == ?*/fold* && ($fold == all || ($fold =~ ^[0-9]+$ && 10#$fold -lt $N_FOLDS)) ]] ||
+        { echo "error: $run is no run: give ARCH/fold0 .. ARCH/fold$((N_FOLDS - 1)), or ARCH/foldall" >&2; exit 2; }
+done
+first=(--arch "${runs[0]%/fold*}" --fold "${runs[0]##*/fold}")
 [[ ${BASH_SOURCE[0]} == "$0" ]] || return 0  # scripts/slurm.sh reads its flags here
 
 if [[ -z $DEMO && ! -f $INPUT/train.csv ]]; then
@@ -152,14 +158,14 @@ fits() {  # fits SCRIPT FLAGS...: a flag that the script refuses is better known
 sys.argv[0] = sys.argv.pop(1)
 importlib.import_module(sys.argv[0][:-3]).parse_args()' "$@" || exit
 }
-fits train.py --arch "${archs[0]}" --fold "${folds[0]}" "${TRAIN[@]}"
+fits train.py "${first[@]}" "${TRAIN[@]}"
 ((${#RETRIEVE[@]} == 0)) || fits retrieve.py "${RETRIEVE[@]}"
 if [[ -n $DEMO ]]; then
     stage "demo data" "$OUTPUT/make_demo.log" "$PYTHON" scripts/make_demo.py "$INPUT" --classes 20 --test-per-class 15 || exit
 fi
 
 if [[ $FOLDS_ONLY || (${#cards[@]} -gt 1 && ! -f $OUTPUT/folds.csv) ]]; then  # drawn once, as the first run would
-    stage folds "$OUTPUT/folds.log" "$PYTHON" train.py --folds-only --arch "${archs[0]}" --fold "${folds[0]}" \
+    stage folds "$OUTPUT/folds.log" "$PYTHON" train.py --folds-only "${first[@]}" \
         --input "$INPUT" --output "$OUTPUT" "${DEVICE[@]}" "${TRAIN[@]}" || exit
     [[ $FOLDS_ONLY ]] && exit
 fi
@@ -175,8 +181,9 @@ for ((round = 1; round <= ROUNDS; round++)); do
         rm -f "$out/bad_images.csv"
         [[ ! -f $OUTPUT/bad_images.csv ]] || cp "$OUTPUT/bad_images.csv" "$out/" || exit 2
     fi
-    for arch in "${archs[@]}"; do
-        for fold in "${folds[@]}"; do start_run "$arch" "$fold" "$out/${arch//[\/:]/_}/fold$fold/train.log"; done
+    for run in "${runs[@]}"; do
+        arch=${run%/fold*}
+        start_run "$arch" "${run##*/fold}" "$out/${arch//[\/:]/_}/${run##*/}/train.log"
     done
     while ((${#run_of[@]})); do await_run; done
     for script in extract.py retrieve.py scripts/expect.py scripts/report.py scripts/summary.py; do

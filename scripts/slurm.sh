@@ -25,7 +25,7 @@ while (($#)) && [[ $1 != -- ]]; do
 done
 options+=("${@:2}")
 set --
-. "$(dirname "$0")/../run_all.sh" "${flags[@]}"  # goes to its folder and sets archs, folds, INPUT, OUTPUT, TRAIN ...
+. "$(dirname "$0")/../run_all.sh" "${flags[@]}"  # goes to its folder and sets runs, INPUT, OUTPUT, TRAIN ...
 [[ $DEMO || -f $INPUT/train.csv ]] || { echo "error: $INPUT/train.csv is not there; README, 'Your own data'" >&2; exit 2; }
 command -v sbatch > /dev/null || { echo "error: no sbatch on the PATH; submit from a machine of a SLURM cluster" >&2; exit 2; }
 . scripts/setup.sh  # here, since the others may have no internet
@@ -36,14 +36,14 @@ submit() {  # submit NAME SBATCH-OPTIONS -- COMMAND...: prints the job's number
     while shift; [[ $1 != -- ]]; do own+=("$1"); done
     number=$(sbatch --parsable --job-name "$name" --requeue --signal B:USR1@60 --output "$OUTPUT/slurm/$name-%j.log" \
         --open-mode append "${options[@]}" --chdir "$PWD" --kill-on-invalid-dep yes "${own[@]}" \
-        scripts/slurm_job.sh "$OUTPUT" "$ARCHS" "${folds[*]}" "${@:2}") && echo "${number%%;*}"
+        scripts/slurm_job.sh "$OUTPUT" "${runs[*]}" "${@:2}") && echo "${number%%;*}"
 }
 begin=$(submit folds -- bash run_all.sh --folds-only "${flags[@]}") || exit
 [[ -z $FOLDS_ONLY ]] || { echo "submitted: $begin checks the data and draws the folds"; exit; }
-array=$(submit train --array "0-$((${#archs[@]} * ${#folds[@]} - 1))" --dependency "afterok:$begin" -- \
+array=$(submit train --array "0-$((${#runs[@]} - 1))" --dependency "afterok:$begin" -- \
     "$PYTHON" train.py --input "$INPUT" --output "$OUTPUT" "${DEVICE[@]}" "${TRAIN[@]}") || { scancel "$begin"; exit 1; }
 end=$(submit retrieve --dependency "afterok:$begin,afterany:$array" -- bash run_all.sh "${flags[@]}") || { scancel "$begin" "$array"; exit 1; }
 
-echo "submitted: $begin checks the data and draws the folds, $array trains (${#archs[@]} x ${#folds[@]} runs), $end does the rest"
+echo "submitted: $begin checks the data and draws the folds, $array trains (${#runs[@]} runs), $end does the rest"
 echo "to follow: squeue --me; $OUTPUT/<arch>/fold<k>/train.log; the result: $OUTPUT/slurm/retrieve-$end.log"
 echo "to stop:   scancel $begin $array $end"

@@ -1,15 +1,16 @@
 #!/usr/bin/env bash
 # A job that slurm.sh submits: runs COMMAND, in a task of the array with the --arch and --fold of its number.
 #
-#   sbatch OPTIONS scripts/slurm_job.sh OUTPUT "ARCH ..." "FOLD ..." COMMAND...
+#   sbatch OPTIONS scripts/slurm_job.sh OUTPUT "ARCH/foldK ..." COMMAND...
 #
 # SIGTERM (preempted, requeued, cancelled) goes on to the command, which leaves its last checkpoint; SLURM knows what comes next.
 # SIGUSR1 says that the time is nearly up: the same, and the job puts itself back into the queue, unless it has got nowhere.
 set -uo pipefail
-output=$1 folder=$1 archs=($2) folds=($3) job=$SLURM_JOB_ID name='' late=''
-shift 3
+output=$1 folder=$1 runs=($2) job=$SLURM_JOB_ID name='' late=''
+shift 2
 if [[ ${SLURM_ARRAY_TASK_ID:-} ]]; then
-    arch=${archs[SLURM_ARRAY_TASK_ID / ${#folds[@]}]} fold=${folds[SLURM_ARRAY_TASK_ID % ${#folds[@]}]}
+    run=${runs[SLURM_ARRAY_TASK_ID]}
+    arch=${run%/fold*} fold=${run##*/fold}
     job=${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID  # one task has the number of the whole array as its own
     name="training $arch" folder=$output/${arch//[\/:]/_}/fold$fold
     mkdir -p "$folder" && exec >> "$folder/train.log" 2>&1 || exit 2

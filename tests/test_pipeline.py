@@ -643,8 +643,8 @@ def test_run_all_two_runs_side_by_side_then_skips_them_and_names_a_failure(data,
 
 
 def test_run_all_in_two_rounds(data, tmp_path):
-    flags = ["--archs", "test_nfnet", "--folds", "0", "--input", data, "--output", tmp_path, *TINY, "--epochs", 1,
-             "--rounds", 2, "--pseudo-min", 0, "--vote", "sum", "--top=2"]
+    flags = ["--runs", "test_nfnet/fold0", "--input", data, "--output", tmp_path, *TINY, "--epochs", 1, "--rounds", 2,
+             "--pseudo-min", 0, "--vote", "sum", "--top=2"]
     assert run_all(*flags).stdout.count("on these test images expect") == 2
     assert (tmp_path / "round2" / "folds.csv").read_bytes() == (tmp_path / "folds.csv").read_bytes()
     first, second = ((tmp_path / f / "test_nfnet/fold0/train.log").read_text() for f in (".", "round2"))
@@ -675,12 +675,16 @@ def test_every_script_starts_and_the_readme_has_its_flags(path):
 
 
 def test_run_all_takes_the_folds_that_there_are():
-    for flags, folds in [((), "0 1 2 3 4"), (("--n-folds", "3"), "0 1 2"), (("--n-folds=3", "--folds=1"), "1")]:
-        done = subprocess.run(["bash", "-c", '. ./run_all.sh "$@"; echo "${folds[*]}"', "", *flags], cwd=ROOT,
+    for flags, runs in [((), "a/fold0 a/fold1 a/fold2 a/fold3 a/fold4 b/fold0 b/fold1 b/fold2 b/fold3 b/fold4"),
+                        (("--n-folds", "2"), "a/fold0 a/fold1 b/fold0 b/fold1"),
+                        (("--n-folds=3", "--folds=1"), "a/fold1 b/fold1"),
+                        (("--runs", "hf-hub:c/d/fold0 b/foldall"), "hf-hub:c/d/fold0 b/foldall")]:
+        done = subprocess.run(["bash", "-c", '. ./run_all.sh "$@"; echo "${runs[*]}"', "", "--archs", "a b", *flags], cwd=ROOT,
                               capture_output=True, text=True)
-        assert done.stdout.strip() == folds
+        assert done.stdout.strip() == runs
     assert "--n-folds three" in run_all("--n-folds", "three", code=2).stderr
-    assert "--folds 9: give 0 .. 4" in run_all("--folds", "0 9", code=2).stderr
+    for flags in (("--archs", "b", "--folds", "0 9"), ("--runs", "a/fold0 b/fold9"), ("--runs", "b/fold9 a")):
+        assert "error: b/fold9 is no run: give ARCH/fold0 .. ARCH/fold4" in run_all(*flags, code=2).stderr
 
 
 def test_run_all_says_what_is_missing_and_refuses_a_second_copy(data, tmp_path):
