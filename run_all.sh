@@ -7,11 +7,11 @@
 #   bash run_all.sh --archs "nfnet_l0" --folds "0 1" --epochs 10 --size 224 --input input/mine --output output/mine
 #
 # --archs and --folds list the runs (default all folds, of --n-folds), or --runs "nfnet_l0/fold0 tf_efficientnet_b1/fold1" does,
-# one by one; --input, --output name the folders; --rounds 2 trains once more, in output/round2, with the confident test images of the
-# first round; --cards "0 2" takes these cards only (default all, or CUDA_VISIBLE_DEVICES), --cards "cpu cpu" takes two runs at a
-# time to the processor, each with half of its cores; --folds-only draws the demo and the folds and stops; --vote, --k, --top and
-# --reject go to retrieve.py; every other flag to train.py (--allow-outside to all scripts; --workers, --[no-]cache, --cache-size
-# and --deterministic also to extract.py, --workers to expect.py).
+# one by one; --input, --output name the folders; --rounds 2 trains once more, in output/round2, with the confident test images
+# of the first round; --cards "0 2" takes these cards only (default all, or CUDA_VISIBLE_DEVICES), --cards "cpu cpu" takes two
+# runs at a time to the processor, each with half of its cores; --folds-only draws the demo and the folds and stops; --vote,
+# --k, --top and --reject go to retrieve.py; every other flag to train.py (--allow-outside to all scripts; --workers,
+# --[no-]cache, --cache-size and --deterministic also to extract.py, --workers to expect.py).
 set -uo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")" || exit 2
 

@@ -468,7 +468,7 @@ def choose_images(args, train, fold, classes, labels):
 
 
 def new_model(args, classes, device, pretrained=True):
-    """(Model, a line that says whence its weights are), refused here if it fits the flags not."""
+    """(Model, a line that says whence its weights are). InputError where the network does not go with the flags."""
     model = Model(args.arch, classes, args.head, args.scale, args.margin, args.sub_centres)
     model.pool.p.data.fill_(args.gem_p)
     said = load_weights(model, args.arch, args.weights)[0] if pretrained else ""

@@ -36,7 +36,8 @@ import pandas as pd
 
 from dataset import SUFFIXES, inside, read_train
 
-ONLY = {"folders": ("test_share", "seed"), "csv": ("columns", "group", "images", "test_images", "suffix", "hand_in")}  # flags
+# Flags that one form only takes.
+ONLY = {"folders": ("test_share", "seed"), "csv": ("columns", "group", "images", "test_images", "suffix", "hand_in")}
 
 
 def parse_args():
