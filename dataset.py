@@ -57,9 +57,9 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".heic"}  # of images, where a folder is searched
 FORMATS = ("JPEG", "PNG", "WEBP", "TIFF", "BMP", "GIF", "PPM", "JPEG2000")  # that OpenCV reads, by Pillow's names
 HEIC = b"ftypheic", b"ftypheix", b"ftypmif1"  # where such a file says what it is
-NO_TYPE = re.compile(rb"infe(?:\x02.{7}|\x03.{9}).{0,3}[\x80-\xff]", re.S)  # of an item of a HEIC: pi-heif 1.4 crashes
+NO_TYPE = re.compile(rb"infe(?:\x02.{7}|\x03.{9}).{0,3}[\x80-\xff]", re.S)  # an item type, not ASCII: pi-heif 1.4 crashes
 BAD = ["split", "path", "problem"]  # columns of bad_images.csv
-COLUMNS = 10_000  # of a CSV, at most
+COLUMNS = 10_000  # the most of a CSV
 Image.MAX_IMAGE_PIXELS = None  # Pillow reads headers only here, and what they say is compared with limits of our own
 
 # --------------------------------------------------------------------------------------------------------------- tables
@@ -101,12 +101,12 @@ def read_csv(path, columns, unique=True):
     return table
 
 
-def short(text, most=100):
+def short(text):
     """repr of a text, its beginning only where it is long."""
-    return repr(text) if len(text) <= most else f"{text[:most]!r}..."
+    return repr(text) if len(text) <= 100 else f"{text[:100]!r}..."
 
 
-def inside(table, column, path, outside=False, otherwise=", or --allow-outside"):
+def check_paths(table, column, path, outside=False, otherwise=", or --allow-outside"):
     """Refuse a path that would leave its folder, unless `outside`; and control characters, which no photograph's name has.
     otherwise: what else than another path the user may give."""
     for row, name in enumerate(table[column]):
@@ -122,7 +122,7 @@ def read_train(folder, outside=False, least=2):
     table = read_csv(path, ["path", "label"])
     if "group" in table.columns:
         read_csv(path, ["path", "group"])
-    inside(table, "path", path, outside)
+    check_paths(table, "path", path, outside)
     if table["label"].nunique() < least:
         raise InputError(f"{path} has one label only ({short(table['label'][0])}); classification needs two or more")
     seen = {}
@@ -139,7 +139,7 @@ def read_test(folder, outside=False):
     table = read_csv(path, ["filename"])
     if "prediction" not in table.columns:
         raise InputError(f"{path} has no column 'prediction', only {', '.join(map(short, table.columns[:9]))}")
-    inside(table, "filename", path, outside)
+    check_paths(table, "filename", path, outside)
     return table
 
 
@@ -189,7 +189,7 @@ def read_solution(folder, filenames):
 def read_pseudo(path, least, classes, outside=False):
     """Rows of a confidence.csv with that much confidence or more: DataFrame filename, number (of the predicted class)."""
     table = read_csv(path, ["filename", "prediction", "confidence"])
-    inside(table, "filename", path, outside)
+    check_paths(table, "filename", path, outside)
     written = Path(path).with_name("expected.json")
     if written.exists() and load_json(written).get("confidence_csv") not in (None, file_fingerprint(path)):
         raise InputError(f"{path} is not what scripts/expect.py wrote with {written.name}; run it again, or give a copy of "
@@ -220,8 +220,7 @@ def encode(labels):
 
 def number_of(labels, classes):
     """Class number of each label (text) [N] int64, -1 for one that is none of the classes."""
-    number = {label: i for i, label in enumerate(classes)}
-    return np.array([number.get(label, -1) for label in labels], np.int64)
+    return pd.Index(classes, dtype=object).get_indexer(labels)
 
 
 # ---------------------------------------------------------------------------------------------------------------- folds
@@ -483,8 +482,8 @@ class Cache:
             with lock(self.place, wait=True):
                 return self.add_new({file: [s.st_size, s.st_mtime_ns] for file, s in stats.items()}, size, how)
         except (OSError, Unwritable) as error:
-            reason = error.strerror if isinstance(error, OSError) else error
-            print(f"no cache in {self.place}: {reason}; images are decoded in every pass", flush=True)
+            said = getattr(error, "strerror", None) or error
+            print(f"no cache in {self.place}: {said}; images are decoded in every pass", flush=True)
             return {}
 
     def add_new(self, stamps, size, how):
@@ -607,37 +606,14 @@ def check_inputs(args, full=False):
     instead = "take them out of their CSV, or " + (
         f"delete {listed}, which was written before they broke, and list them anew by --skip-bad-images" if listed.exists() else
         "do without them by --skip-bad-images")
-    check_images(args.input, train["path"], full, instead)
+    names = [] if test is None else [Path("test", name) for name in test["filename"]]
+    check_images(args.input, [*train["path"], *names], full, instead)
     if test is not None:
-        check_images(Path(args.input) / "test", test["filename"], full, instead)
         read_solution(args.input, read_test(args.input, args.allow_outside)["filename"])
     left_out = [f"{len(bad)} {split} images" for split in ("train", "test") if (bad := bad_images(args.output, split))]
     if left_out:
         print(f"{' and '.join(left_out)} are left out, see {args.output}/bad_images.csv")
     return train, test
-
-
-def workers_flag(parser):
-    parser.add_argument("--workers", type="whole", default=default_workers(),
-                        help="loader processes (default min(16, cores - 1))")
-
-
-def loader_flags(parser):
-    """The flags of the scripts that load images by Cache and make_loader."""
-    workers_flag(parser)
-    parser.add_argument("--cache", action=argparse.BooleanOptionalAction, default=True, help="decode and resize each image "
-                        "once for all runs and epochs, into INPUT/.cache, where the disk has room (default on)")
-    parser.add_argument("--cache-size", type=within("[0, inf]"), metavar="GB", help="most that the cache may take (default: "
-                        "half of the free disk)")
-
-
-def input_flags(parser):
-    """The flags of the scripts that embed the images of --input."""
-    loader_flags(parser)
-    parser.add_argument("--deterministic", action="store_true", help="on a GPU, only algorithms that give the same digits each "
-                        "time; slower. On a CPU they always do, for the same number of threads")
-    parser.add_argument("--skip-bad-images", action="store_true", help="decode every image once; list those that cannot be "
-                        "read in OUTPUT/bad_images.csv and do without: a test image among them gets the most frequent label")
 
 
 def augmentation_flags(parser):
@@ -738,11 +714,13 @@ def mix_batch(batch, labels, mixup, cutmix):
 
 
 class Images(Dataset):
-    """(uint8 image [3, size, size], class number) of rows of a CSV. An item (epoch, row) is augmented from a random
-    state that is a function of (seed, epoch, row): the same whichever worker draws it, before and after a resume."""
+    """(uint8 image [3, size, size], class number) of rows of a CSV; class 0 where there are no labels. An item (epoch, row) is
+    augmented from a random state that is a function of (seed, epoch, row): the same whichever worker draws it, before and
+    after a resume."""
 
     def __init__(self, folder, names, labels, size, how="squash", augment=None, seed=0, cache=None):
-        self.folder, self.names, self.labels = Path(folder), list(names), torch.as_tensor(labels)
+        self.folder, self.names = Path(folder), list(names)
+        self.labels = torch.as_tensor(np.zeros(len(self.names), np.int64) if labels is None else labels)
         self.how, self.augment, self.seed, self.cache = how, augment, seed, cache
         self.resized_to(size)
 
@@ -823,6 +801,29 @@ class EpochSampler(Sampler):
 def default_workers():
     cores = len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     return min(16, max(1, cores - 1))  # a core is left to the training process
+
+
+def workers_flag(parser):
+    parser.add_argument("--workers", type="whole", default=default_workers(),
+                        help="loader processes (default min(16, cores - 1))")
+
+
+def loader_flags(parser):
+    """The flags of the scripts that load images by Cache and make_loader."""
+    workers_flag(parser)
+    parser.add_argument("--cache", action=argparse.BooleanOptionalAction, default=True, help="decode and resize each image "
+                        "once for all runs and epochs, into INPUT/.cache, where the disk has room (default on)")
+    parser.add_argument("--cache-size", type=within("[0, inf]"), metavar="GB", help="most that the cache may take (default: "
+                        "half of the free disk)")
+
+
+def input_flags(parser):
+    """The flags of the scripts that embed the images of --input."""
+    loader_flags(parser)
+    parser.add_argument("--deterministic", action="store_true", help="on a GPU, only algorithms that give the same digits each "
+                        "time; slower. On a CPU they always do, for the same number of threads")
+    parser.add_argument("--skip-bad-images", action="store_true", help="decode every image once; list those that cannot be "
+                        "read in OUTPUT/bad_images.csv and do without: a test image among them gets the most frequent label")
 
 
 def _start_worker(_):

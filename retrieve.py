@@ -4,7 +4,7 @@ Reads  input/{train.csv,sample_submission.csv[,solution.csv]}, output/folds.csv,
        scripts/add_products.py) and, to reject, output/left_out.json (by scripts/leave_out.py)
 Writes output/{neighbours.npz,submission.csv,scores.json,oof.csv}; with --top, output/top.csv; to reject, output/strangers.npz
 
-    python retrieve.py                                              # all finished runs, label of the nearest image
+    python retrieve.py                                              # all finished runs, the vote that is best out-of-fold
     python retrieve.py --runs nfnet_l0/fold0 nfnet_l0/fold1 --vote sum --k 10
     python retrieve.py --reject 0.05                                # 'unknown' where it may be none of the products
     torchrun --nproc_per_node 4 retrieve.py                         # the gallery shared among processes, one GPU each
@@ -32,6 +32,7 @@ from utils import (
     load_npy,
     load_npz,
     lock,
+    on_first,
     pick_device,
     processes,
     rank_and_world,
@@ -135,14 +136,12 @@ def load_runs(output, names, train, test):
                 stamp["held_out"] != train_fingerprint(train[fold == int(held)])):
             raise InputError(f"{folder} held out other images than {output}/folds.csv says; put the old folds.csv back, or use "
                              "another --output")
-        centres = stamp["centres"]
-
         def embeddings(name, rows, folder=folder, files=stamp["files"]):
             return load_npy(folder / name, (rows, None), files.get(name, "none"))
 
         runs.append({"name": f"{folder.parent.name}/{folder.name}", "arch": folder.parent.name,
-                     "fold": held, "stamp": stamp, "kind": stamp.get("head"), "centres": centres,
-                     "head": embeddings("head.npy", stamp["classes"] * centres),
+                     "fold": held, "stamp": stamp, "kind": stamp.get("head"),
+                     "head": embeddings("head.npy", stamp["classes"] * stamp["centres"]),
                      "train": embeddings("train.npy", len(train)),
                      "test": None if test is None else embeddings("test.npy", len(test))})
     return runs
@@ -251,7 +250,7 @@ def mean_heads(runs, split, rows=None):
     if any(r["kind"] is None for r in runs):
         return None
     pick = (lambda part: part) if rows is None else (lambda part: rows[part])
-    return lambda part: torch.stack([head_scores(r[split][pick(part)], r["head"], r["kind"], r["centres"])
+    return lambda part: torch.stack([head_scores(r[split][pick(part)], r["head"], r["kind"], r["stamp"]["centres"])
                                      for r in runs]).mean(0)
 
 
@@ -274,7 +273,7 @@ def label_oof(runs, fold, labels, classes, args, wanted, device):
     return result
 
 
-def ranked(queries, gallery, numbers, count, args, device):
+def nearest_classes(queries, gallery, numbers, count, args, device):
     """Class numbers [n, count] of each query's nearest classes, by their nearest rows; numbers [m] are the gallery's. -1 where
     it has no more. The search goes as deep as it must."""
     result, todo, k = np.full((len(queries), count), -1), np.arange(len(queries)), 100
@@ -334,10 +333,9 @@ def strangers(runs, grown, fold, own, numbers, output, device):
     own [N], numbers [m]: class numbers of train.csv's rows and of the gallery's. Kept in output/strangers.npz, since
     scripts/classify.py is to be fast."""
     file, key = Path(output) / "strangers.npz", runs_digest(grown)
-    if file.exists():
-        arrays = load_npz(file, "delete it, it is made anew")
-        if arrays.pop("key", None) == key:
-            return arrays
+    arrays = on_first(lambda: load_npz(file, "delete it, it is made anew") if file.exists() else {})
+    if arrays.pop("key", None) == key:
+        return arrays
     found = {}
     for (k, out), (_, after) in zip(by_fold(runs), by_fold(grown), strict=True):
         rows, gallery = np.flatnonzero(fold == k), Joined([r["train"] for r in after])
@@ -384,7 +382,7 @@ def left_out(output, train):
     return np.array(left["strangeness"]) if same else None
 
 
-def ranks(strange, unseen):
+def calibrated(strange, unseen):
     """The strangeness [n] of photographs made true for products that no run trained on: its rank among the strangeness `unseen`
     of photographs of such products. As it is it is too low, for the runs trained on the `strangers`' products and keep them
     apart."""
@@ -409,7 +407,11 @@ def rejecter(runs, grown, train, classes, numbers, args, device):
     if unseen is None and is_first():
         print("the rate of --reject is that of products which the runs trained on; that of new ones is higher: "
               "scripts/leave_out.py measures by how much, and corrects it", file=sys.stderr)
-    return lambda near: (strangeness(near, found) if unseen is None else ranks(strangeness(near, found), unseen)) > args.reject
+    def rejects(near):
+        strange = strangeness(near, found)
+        return (strange if unseen is None else calibrated(strange, unseen)) > args.reject
+
+    return rejects
 
 
 # ------------------------------------------------------------------------------------------------------------- the work
@@ -424,6 +426,7 @@ def score_oof(args, runs, grown, train, labels, classes, vote, device):
     scores = score(predicted, labels)
     if choose and scores:
         vote = max(["nearest", *fitting(grown, wanted)], key=scores.get)  # of equal ones the first
+        vote = on_first(lambda: vote)  # another processor may round otherwise
     if is_first():
         names = np.array([*classes, ""], object)  # the last, -1: no run held the image out
         save_csv(Path(args.output) / "oof.csv", train[["path", "label"]].assign(fold=fold, prediction=names[predicted[vote]]))
@@ -441,7 +444,7 @@ def search_test(args, runs, grown, train, classes, numbers, vote, device):
     strange = rejects(nearest_by_fold(grown, device)) if rejects else np.zeros(len(index), bool)
     if args.top:
         gallery, queries = (Joined([r[split] for r in grown]) for split in ("train", "test"))
-        top = ranked(queries, gallery, numbers, args.top, args, device)
+        top = nearest_classes(queries, gallery, numbers, args.top, args, device)
     return predicted, similarity, index, strange, top
 
 
@@ -459,11 +462,10 @@ def write_test(args, test, good, truth, gallery, classes, numbers, vote, predict
     prediction = np.where(strange, UNKNOWN, names[predicted[vote]])
     save_csv(output / "submission.csv", test.assign(prediction=prediction))
     if args.top:
-        top = [[*dict.fromkeys([own, *others])][:args.top]  # the submission's label comes first
+        top = [[*dict.fromkeys([own, *others]), *[""] * args.top][:args.top]  # the submission's label comes first
                for own, others in zip(prediction, names[with_bad(test, good, top, -1)], strict=True)]
-        top = pd.DataFrame(top, test.index).reindex(columns=range(args.top), fill_value="").fillna("")
-        top.columns = [f"label{column + 1}" for column in range(args.top)]
-        save_csv(output / "top.csv", pd.concat([test[["filename"]], top], axis=1))
+        columns = [f"label{i + 1}" for i in range(args.top)]
+        save_csv(output / "top.csv", test[["filename"]].join(pd.DataFrame(top, test.index, columns)))
     scores = {"submission": file_fingerprint(output / "submission.csv")}
     if truth is not None:
         true = number_of(truth, classes)

@@ -22,7 +22,7 @@ import torch.nn.functional as F
 
 NONE = torch.iinfo(torch.int64).max  # index of a place not filled
 SCREENS = {"int8": torch.int8, "bf16": torch.bfloat16, "fp32": torch.float32}  # each falls back to the next
-TILE, GROUP = 2048, 32  # gallery rows in a product; in a group whose best similarity is looked at first
+TILE, GROUP = 2048, 32  # gallery rows a product; neighbouring rows whose best is looked at before they are
 QUERIES = 1024  # queries in a product
 PAIRS = 1 << 22  # numbers held at a time while pairs are picked out and scored
 
@@ -33,7 +33,7 @@ class Joined:
 
     def __init__(self, arrays, rows=None):
         assert len({len(a) for a in arrays}) == 1, [a.shape for a in arrays]
-        self.arrays = [plain(a) for a in arrays]
+        self.arrays = [as_float32(a) for a in arrays]
         self.rows = None if rows is None else np.asarray(rows)
         self.shape = (len(arrays[0] if rows is None else self.rows), sum(a.shape[1] for a in arrays))
 
@@ -62,7 +62,7 @@ class Joined:
         return self.take(part)[0]
 
 
-def plain(array):
+def as_float32(array):
     """A float32 NumPy array or memory map as it is; a tensor or another float type as a float32 copy, normalised first
     where float32 would overflow or vanish."""
     if isinstance(array, torch.Tensor):
@@ -166,7 +166,7 @@ def encode_rows(unit, screen, scale):
     return whole.to(torch.int8), rest
 
 
-def products(codes, gallery, mask, group):
+def inner_products(codes, gallery, mask, group):
     """Products of query codes [q, D] with the gallery's [tiles, q, tile], and the best of each group of neighbouring rows
     [tiles, q, groups]. Padding and the pairs `mask` (i, j) get the least value."""
     if gallery.buffer.numel() < gallery.tiles * len(codes) * gallery.tile:  # kept: fresh memory costs a page fault a page
@@ -206,7 +206,7 @@ def candidates(query, gallery, k, worst, mask, limit):
     if gallery.screen == "bf16":
         error += 2**-8.9  # the products themselves are rounded
     group = GROUP if k * 4 <= gallery.size // GROUP else 1
-    product, best = products(code, gallery, mask, group)
+    product, best = inner_products(code, gallery, mask, group)
     best = best.transpose(0, 1)
     enough = k <= best[0].numel()  # the k-th best of the groups is a lower bound of the k-th best of all
     kth = best.flatten(1).topk(k, sorted=False).values.amin(1).double() * unit if enough else -torch.inf * error
@@ -356,7 +356,8 @@ def free_memory(device):
     """GiB for the search: 1, on a GPU half of what is free, the same on all processes, whose exchanges have to match."""
     if device.type == "cpu":
         return 1.0
-    free = torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    torch.cuda.empty_cache()  # what then is reserved is a CUDA graph's own
+    free = torch.cuda.mem_get_info(device)[0]
     free = torch.tensor(free / 2**31, dtype=torch.float64, device=device)
     if rank_and_world()[1] > 1:
         dist.all_reduce(free, dist.ReduceOp.MIN)

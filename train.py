@@ -72,10 +72,10 @@ from extract import embed_model, is_finished, my_share, pick_batch_size, run_fol
 from models import Model, QuickDepthwise, class_weights, freeze, fuse_batch_norm, join_batch_norm, load_weights, loss_sum
 from search import topk
 
-# Free to change on a resume, and not recorded in args.json. One that is moved in here makes extract.py refuse runs that it has
-# not embedded yet (load_job). All other flags are recorded. A new one of those: a default other than None stops runs that have
-# begun (record_arguments); it is no store_true, since leave_out.py repeats it as --[no-]name; if Model takes it, models.build
-# and extract.import_weights want it, too.
+# Free to change on a resume, and not recorded in args.json. Moving a flag in here makes best.pt's arguments differ from
+# args.json, and extract.py refuses such a run if it has not embedded it yet (load_job). All other flags are recorded. A new one
+# of those: a default other than None stops runs that have begun (record_arguments); it is no store_true, since leave_out.py
+# repeats it as --[no-]name; if Model takes it, models.build and extract.import_weights want it, too.
 NOT_RECORDED = {"input", "output", "allow_outside", "workers", "device", "deterministic", "check", "skip_bad_images", "restart",
                 "eval_batch_size", "eval_every", "folds_only", "tensorboard", "cache", "cache_size", "cuda_graph", "compile"}
 EVENTS = "events.out.tfevents.log"  # TensorBoard knows its files by the middle of the name
@@ -112,8 +112,8 @@ def parse_args(argv=None):
     add("--head-lr-scale", type="amount", default=1.0, help="pooling, neck and head learn at lr times this (default 1)")
     add("--momentum", type="positive", default=0.9, help="Nesterov momentum (default 0.9)")
     add("--weight-decay", type="amount", default=1e-4, help="L2 penalty, none on GeM's p and PReLU (default 1e-4)")
-    add("--clip", default="none", metavar="none|norm:MAX|agc:FACTOR", help="clip the gradient's norm, or adaptively per "
-        "unit (NFNets: agc:0.01), never on the head (default none)")
+    add("--clip", type=clip, default="none", metavar="none|norm:MAX|agc:FACTOR", help="clip the gradient's norm, or adaptively "
+        "per unit (NFNets: agc:0.01), never on the head (default none)")
     add("--head", choices=["arcface", "softmax"], default="arcface", help="softmax: the plain classifier (default arcface)")
     add("--scale", type="positive", default=45.0, help="ArcFace s (default 45)")
     add("--margin", type="amount", default=0.4, help="ArcFace m, radians (default 0.4)")
@@ -161,25 +161,21 @@ def parse_args(argv=None):
         parser.error("--batch-size must be a multiple of --grad-accum that leaves 2 images a part")
     if args.freeze and args.weights == "none":
         parser.error("--freeze keeps pretrained weights, and with --weights none there are none")
+    if args.restart and int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)):  # torchrun's own, not the user's
+        args.restart = False
     if args.mixup and args.cutmix:
         parser.error("--mixup and --cutmix exclude each other")
     if (args.mixup or args.cutmix) and int(os.environ.get("WORLD_SIZE", 1)) > 1:
         parser.error("--mixup and --cutmix mix the images of a whole batch, and torchrun's processes see their shares only")
-    try:
-        parse_clip(args.clip)
-    except ValueError:
-        parser.error(f"--clip {args.clip}: give none, norm:MAX or agc:FACTOR, e.g. norm:5 or agc:0.01")
     return args
 
 
-def parse_clip(text):
-    """'none' -> (None, 0); 'norm:5' -> ('norm', 5.0); 'agc:0.01' -> ('agc', 0.01)."""
-    if text == "none":
-        return None, 0.0
-    mode, value = text.split(":")
-    if mode not in ("norm", "agc") or not float(value) > 0:
-        raise ValueError(text)
-    return mode, float(value)
+def clip(text):
+    """--clip's text, checked, for add_argument's `type`."""
+    mode, _, value = text.partition(":")
+    if text != "none" and not (mode in ("norm", "agc") and float(value) > 0):
+        raise ValueError
+    return text
 
 
 # ------------------------------------------------------------------------------------------------- the parts of a step
@@ -189,7 +185,7 @@ def lr_factor(epoch, epochs, warmup):
     """Share of the peak learning rate at a point in time, in epochs: linear from 0 during warm-up, then cosine to 0."""
     if epoch < warmup:
         return epoch / warmup
-    return 0.5 * (1 + math.cos(math.pi * min(1.0, (epoch - warmup) / max(epochs - warmup, 1e-9))))
+    return 0.5 * (1 + math.cos(math.pi * (epoch - warmup) / max(epochs - warmup, 1e-9)))
 
 
 def make_optimiser(model, args):
@@ -204,12 +200,13 @@ def make_optimiser(model, args):
 
 
 def clip_gradient(model, clip):
-    """Clip all but the head's gradient in place, by its norm or adaptively (Brock et al., NFNet, 2021)."""
-    mode, value = clip
-    if mode:
+    """Clip all but the head's gradient in place, by --clip's text: by its norm or adaptively (Brock et al., NFNet, 2021)."""
+    if clip != "none":
         from timm.utils import dispatch_clip_grad
 
-        dispatch_clip_grad([*model.backbone.parameters(), *model.pool.parameters(), *model.neck.parameters()], value, mode)
+        mode, value = clip.split(":")
+        parameters = [*model.backbone.parameters(), *model.pool.parameters(), *model.neck.parameters()]
+        dispatch_clip_grad(parameters, float(value), mode)
 
 
 def make_backward(model, scaler, weights, args, device, precision):
@@ -252,10 +249,19 @@ class Graphed:
             try:
                 with torch.cuda.graph(self.graph, capture_error_mode="thread_local"):  # the loader's threads may pin memory
                     self.loss = self.backward(*self.inputs)
+            except torch.OutOfMemoryError:
+                self.inputs = self.graph = None
             except RuntimeError as error:
                 said = str(error.__context__ or error).partition("\n")[0]
                 raise InputError(f"the step could not be recorded as a CUDA graph ({said}); give --no-cuda-graph, or "
                                  "--grad-accum 2 where memory is short") from error
+            if self.graph is None:  # out of the handler, whose traceback held what it had taken
+                print("no memory for a CUDA graph: kernels are started one by one", flush=True)
+                self.plain = math.inf
+                for parameter in self.parameters:
+                    parameter.grad = None
+                torch.cuda.empty_cache()
+                return self.backward(images, labels, total)
             self.gradients = [p.grad for p in self.parameters]
         for mine, given in zip(self.inputs, (images, labels, total), strict=True):
             mine.copy_(given)
@@ -273,7 +279,7 @@ def train_epoch(model, ema, loader, optimiser, scaler, weights, epoch, args, dev
     frozen = epoch < 0
     model.backbone.train(not frozen).requires_grad_(not frozen)
     freeze(model.backbone, args.freeze)
-    clip, losses, sampler, start = parse_clip(args.clip), [], loader.batch_sampler, time.time()
+    losses, sampler, start = [], loader.batch_sampler, time.time()
     bar = progress(loader, f"epoch {epoch + 1}/{args.epochs}")
     for step, (batch, labels) in enumerate(bar):
         at = epoch + (step + 1) / len(loader)
@@ -284,16 +290,16 @@ def train_epoch(model, ema, loader, optimiser, scaler, weights, epoch, args, dev
         others, share = labels, 1.0
         if args.mixup or args.cutmix:
             batch, others, share = mix_batch(batch, labels, args.mixup, args.cutmix)
-        total, loss = weights[labels].sum(), 0.0  # of the others, too: they are the same in another order
+        total, loss = weights[labels].sum(), 0.0  # of the others, too: the same labels in another order
         sum_up([total])  # from here on of all processes
         for part, truth, other in zip(*(t.split(sampler.sizes) for t in (batch, labels, others)), strict=True):
             loss = loss + backward(part, truth, total, other, share)
         sum_up([loss, *(p.grad for p in model.parameters() if p.grad is not None)])
         scaler.unscale_(optimiser)
-        clip_gradient(model, clip)
+        clip_gradient(model, args.clip)
         scaler.step(optimiser)
         scaler.update()
-        optimiser.zero_grad(set_to_none=True)
+        optimiser.zero_grad()
         if ema:
             ema.update(model, (epoch + args.head_first) * len(loader) + step)
         losses.append(loss)
@@ -313,14 +319,17 @@ def validate(model, train_part, held_out, weights, args, device, precision):
     reference, query = (gather(embed_model(model, my_share(images, size), *settings, what, args.test_size))
                         for images, what in [(train_part, "embedding train"), (held_out, "embedding held-out")])
     labels, truth = train_part.labels.numpy(), held_out.labels
+    found, rows = [], max(1, 2**24 // len(weights))  # at a time: 64 MiB of logits
     with torch.inference_mode():
-        embedded = torch.from_numpy(query).to(device)
-        margin = model.head(embedded, truth.to(device)).cpu()
-        confidence, predicted = model.head(embedded).softmax(1).max(1)
-    loss = loss_sum(margin, truth, weights.cpu()) / weights.cpu()[truth].sum()
+        for own, true in zip(torch.from_numpy(query).split(rows), truth.split(rows), strict=True):
+            own, true = own.to(device), true.to(device)
+            lost, logits = loss_sum(model.head(own, true), true, weights), model.head(own)
+            found.append([lost[None].cpu(), *(part.cpu() for part in logits.softmax(1).max(1))])
+    loss, confidence, predicted = map(torch.cat, zip(*found, strict=True))
+    loss = loss.sum() / weights[truth.to(device)].sum().cpu()
     nearest = labels[topk(query, reference, 1, device=device)[1][:, 0]]
-    return {"val_loss": loss.item(), "head_acc": accuracy(predicted.cpu(), truth),
-            "gap": gap(predicted.cpu().numpy(), confidence.cpu().numpy(), truth.numpy()),
+    return {"val_loss": loss.item(), "head_acc": accuracy(predicted, truth),
+            "gap": gap(predicted.numpy(), confidence.numpy(), truth.numpy()),
             "retrieval_acc": accuracy(nearest, truth)}
 
 
@@ -329,8 +338,7 @@ def validate(model, train_part, held_out, weights, args, device, precision):
 
 def check_run(args, train, fold, device):
     """Build once what the run needs: better refused now than when --restart has thrown away the run that is there."""
-    classes, labels = encode(train["label"])
-    seen = choose_images(args, train, fold, classes, labels)[2]
+    classes, _, _, seen, *_ = choose_images(args, train, fold)
     EpochSampler(len(seen), args.seed, args.batch_size, args.grad_accum)
     new_model(args, len(classes), device)
 
@@ -340,24 +348,21 @@ def record_arguments(folder, args, device):
     if args.restart:
         for old in ("log.csv", "last.pt", "best.pt", "extract.json", "args.json", EVENTS):  # the log first: see load_last
             (folder / old).unlink(missing_ok=True)
-    begun = [folder / name for name in ("best.pt", "last.pt") if (folder / name).exists()]
-    recorded = None  # before the first epoch nothing is at stake
-    if begun:
+    recorded = {}  # before the first epoch nothing is at stake
+    if begun := [folder / name for name in ("best.pt", "last.pt") if (folder / name).exists()]:
         recorded = load_json(folder / "args.json", epochs=int) if (folder / "args.json").exists() else (
             load_checkpoint(begun[0], args=dict)["args"])
         if recorded.get("epochs") == 0:
             raise InputError(f"{folder} holds weights that extract.py has imported; give another --fold or --output")
         if not all(isinstance(recorded.get(name), str) for name in ("precision", "embed_precision")):
             raise InputError(f"{folder}/args.json is damaged (no precision); delete it, and run train.py again")
-    given = args.precision  # as on the command line: the loop below overwrites it
-    if recorded:
-        recorded = {name: value for name, value in recorded.items() if name not in NOT_RECORDED}
+    recorded, effective = ({name: value for name, value in each.items() if name not in NOT_RECORDED}
+                           for each in (recorded, vars(args)))
     for name, training in (("precision", True), ("embed_precision", False)):
-        if getattr(args, name) == "auto":
-            setattr(args, name, recorded[name] if recorded else pick_precision(given, device, training))
-    effective = {name: value for name, value in vars(args).items() if name not in NOT_RECORDED}
-    # No two values one object, as --size and --test-size may be: a pickle refers back to an object that it has had, so a
-    # checkpoint would have other bytes after a resume, whose arguments are read from the JSON.
+        if effective[name] == "auto":
+            effective[name] = recorded[name] if recorded else pick_precision(args.precision, device, training)
+    # Through JSON, so that no two values are one object (test_size may hold size itself): pickle writes a repeated object as a
+    # reference, so best.pt would have other bytes after a resume, whose arguments come from args.json.
     effective = json.loads(json.dumps(effective))
     if recorded:
         if recorded.get("pseudo") and args.pseudo:  # another path; load_last compares what it says
@@ -373,26 +378,24 @@ def record_arguments(folder, args, device):
 def load_last(folder, stamps):
     """What last.pt holds, or a fresh start. `stamps`: fingerprints {train, held_out} of the images, which must be those of
     the begin. Deletes a log.csv, or a last.pt, whose best.pt is gone."""
-    fresh = {"epoch": 0, "best": -1.0, "history": [], **stamps}
-    if not (folder / "last.pt").exists():
-        if not (folder / "best.pt").exists():  # a whole log would call the first epoch's best.pt a finished run's
-            (folder / "log.csv").unlink(missing_ok=True)
-        return fresh
-    state = load_checkpoint(folder / "last.pt", epoch=int, best=float, history=list, model=dict, optimiser=dict, train=str,
-                            held_out=str)
-    if any(state[name] != stamp for name, stamp in stamps.items()):
-        raise InputError(f"{folder}/last.pt is of other training images or pseudo labels; delete {folder}, use another "
-                         "--output, or --restart to begin anew")
-    if state["best"] >= 0 and not (folder / "best.pt").exists():
+    state = fresh = {"epoch": 0, "best": -1.0, "history": [], **stamps}
+    if (folder / "last.pt").exists():
+        state = load_checkpoint(folder / "last.pt", epoch=int, best=float, history=list, model=dict, optimiser=dict, train=str,
+                                held_out=str)
+        if any(state[name] != stamp for name, stamp in stamps.items()):
+            raise InputError(f"{folder}/last.pt is of other training images or pseudo labels; delete {folder}, use another "
+                             "--output, or --restart to begin anew")
+    if (folder / "best.pt").exists() or (state is not fresh and state["best"] < 0):  # it is as it should be
+        return state
+    if state is not fresh:
         print(f"{folder}/best.pt is gone: training anew")
-        for old in ("log.csv", "last.pt"):
-            (folder / old).unlink(missing_ok=True)
-        return fresh
-    return state
+    for old in ("log.csv", "last.pt"):  # a whole log would call the first epoch's best.pt a finished run's
+        (folder / old).unlink(missing_ok=True)
+    return fresh
 
 
 def check_finished(folder, args, stamps):
-    """Refuse a finished run of other images; its log for TensorBoard may be wanted now only."""
+    """Refuse a finished run whose images have changed. If --tensorboard is given only now, write its log."""
     state = load_last(folder, stamps)
     if args.tensorboard and state["history"]:
         write_log(folder, state["history"], True)
@@ -428,7 +431,7 @@ def event_bytes(history):
     return file.getvalue()
 
 
-def report(row, history, epochs, device):
+def print_epoch(row, history, epochs, device):
     """The line of an epoch: losses, accuracies, speed, memory, time left."""
     names = ("train_loss", "val_loss", "head_acc", "gap", "retrieval_acc")
     shown = "  ".join(f"{name} {row[name]:.4f}" for name in names if row[name] is not None)
@@ -444,27 +447,27 @@ def look_features(args, train, device):
     load_weights(model, args.arch, args.weights)
     model.try_sizes([args.size])
     model.forward = model.features  # what embed_one_size calls
-    images = Images(args.input, train["path"], np.zeros(len(train), np.int64), args.size, args.resize)
+    images = Images(args.input, train["path"], None, args.size, args.resize)
     return embed_model(model.to(device, memory_format=torch.channels_last), images, device,
                        pick_precision(args.precision, device), args.eval_batch_size or pick_batch_size(device), args.workers,
                        "looks", width=model.neck[0].in_features)
 
 
-def choose_images(args, train, fold, classes, labels):
-    """(paths, class numbers, rows to train on, rows to validate by, rows held out, fingerprints) of a run: the images of
-    train.csv and behind them the confident test images of --pseudo."""
-    inside = np.arange(len(train)) if args.fold == "all" else np.flatnonzero(fold != int(args.fold))
-    outside = np.setdiff1d(np.arange(len(train)), inside)
-    paths, truth = train["path"].to_numpy(), labels
+def choose_images(args, train, fold):
+    """(classes, paths, class numbers, rows to train on, those of them in train.csv, rows held out, fingerprints) of a run: the
+    images of train.csv and behind them the confident test images of --pseudo."""
+    paths, (classes, truth) = train["path"].to_numpy(), encode(train["label"])
+    trained = np.arange(len(train)) if args.fold == "all" else np.flatnonzero(fold != int(args.fold))
+    held_out = np.setdiff1d(np.arange(len(train)), trained)
     if args.pseudo:
         extra = read_pseudo(args.pseudo, args.pseudo_min, classes, args.allow_outside)
         extra = extra[~extra["filename"].isin(bad_images(args.output, "test"))]
         names = [str(PurePosixPath("test", name)) for name in extra["filename"]]
-        paths, truth = np.append(paths, names), np.append(labels, extra["number"])
-    # Of class numbers, and with pseudo labels: not to be compared with extract.json's.
+        paths, truth = np.append(paths, names), np.append(truth, extra["number"])
+    # "train" is of class numbers and pseudo labels, unlike extract.json's; "held_out" is what retrieve.load_runs compares.
     stamps = {"train": train_fingerprint(pd.DataFrame({"path": paths, "label": truth})),
-              "held_out": train_fingerprint(train.iloc[outside])}
-    return paths, truth, np.append(inside, np.arange(len(train), len(paths))), inside, outside, stamps
+              "held_out": train_fingerprint(train.iloc[held_out])}
+    return classes, paths, truth, np.append(trained, np.arange(len(train), len(paths))), trained, held_out, stamps
 
 
 def new_model(args, classes, device, pretrained=True):
@@ -474,7 +477,7 @@ def new_model(args, classes, device, pretrained=True):
     said = load_weights(model, args.arch, args.weights)[0] if pretrained else ""
     model.to(device, memory_format=torch.channels_last)
     model.try_sizes([args.size, *args.test_size])
-    freeze(model.backbone, args.freeze)  # each epoch again
+    freeze(model.backbone, args.freeze)  # a number that does not fit is an error now; train_epoch freezes each epoch anew
     return model, said
 
 
@@ -511,8 +514,7 @@ def fit(folder, args, recorded, train, fold, device):
     """Train from where last.pt stands to the last epoch."""
     keep_freed_memory()
     precision = recorded["precision"]
-    classes, labels = encode(train["label"])
-    paths, truth, seen, inside, outside, stamps = choose_images(args, train, fold, classes, labels)
+    classes, paths, truth, seen, trained, held_out, stamps = choose_images(args, train, fold)
     model, ema, optimiser, scaler, (done, best, history), said = start_or_resume(folder, args, len(classes), stamps, device,
                                                                                  precision)
     sampler = EpochSampler(len(seen), args.seed, args.batch_size, args.grad_accum)
@@ -525,9 +527,10 @@ def fit(folder, args, recorded, train, fold, device):
     loader = make_loader(images(seen, augment), sampler, args.workers, device)
     weights = class_weights(truth[seen], len(classes)) if args.class_weights else torch.ones(len(classes))
     weights = weights.to(device)
-    kept, rank = ema.module if ema else model, rank_and_world()[0]  # what is validated and kept
+    kept = ema.module if ema else model  # what is validated and kept
+    rank = rank_and_world()[0]
     backward = make_backward(model, scaler, weights, args, device, precision)
-    print(f"{args.arch} fold {args.fold}: {len(seen)} images, {len(outside)} held out, {len(classes)} classes; "
+    print(f"{args.arch} fold {args.fold}: {len(seen)} images, {len(held_out)} held out, {len(classes)} classes; "
           f"{device.type} {precision}, {args.size} px; {said}", flush=True)
 
     # last.pt and the seeds count epochs from 0, those of --head-first included; log.csv has 1 - head_first .. epochs.
@@ -542,11 +545,11 @@ def fit(folder, args, recorded, train, fold, device):
         if not all(tensor.isfinite().all() for tensor in kept.state_dict().values()):
             raise InputError(f"the weights became infinite in epoch {epoch + 1}; {HINT}")
         last = epoch + 1 == args.epochs
-        if len(outside) and (last or (epoch >= 0 and (epoch + 1) % args.eval_every == 0)):
-            row |= validate(kept, images(inside), images(outside), weights, args, device, recorded["embed_precision"])
+        if len(held_out) and (last or (epoch >= 0 and (epoch + 1) % args.eval_every == 0)):
+            row |= validate(kept, images(trained), images(held_out), weights, args, device, recorded["embed_precision"])
         row |= {"images_per_s": round(speed, 1), "seconds": round(time.time() - start, 1)}
         history.append(row)
-        accurate = row["retrieval_acc"] if len(outside) else 0.0 if last else None  # fold all: the last epoch's are kept
+        accurate = row["retrieval_acc"] if len(held_out) else 0.0 if last else None  # fold all: the last epoch's are kept
         better = accurate is not None and accurate >= best
         best = accurate if better else best
         if rank:
@@ -559,11 +562,11 @@ def fit(folder, args, recorded, train, fold, device):
                                              "epoch": epoch + 1 + args.head_first, "best": best, "history": history,
                                              "args": recorded, **stamps})
         write_log(folder, history, args.tensorboard)
-        report(row, history, args.epochs, device)
+        print_epoch(row, history, args.epochs, device)
     if rank == 0:
         write_log(folder, history, args.tensorboard)  # once more: a kill may have come between last.pt and its log
-    held_out = f"best retrieval accuracy on the held-out fold {best:.4f}; " if len(outside) else ""
-    print(f"{folder} finished: {held_out}{model.pool}")
+    validated = f"best retrieval accuracy on the held-out fold {best:.4f}; " if len(held_out) else ""
+    print(f"{folder} finished: {validated}{model.pool}")
 
 
 def main():
@@ -584,9 +587,9 @@ def main():
         with lock(folder):
             if args.restart:
                 on_first(check_run, args, train, fold, device)
-            recorded = on_first(record_arguments, folder, args, device)  # it sets args.precision on the first process only
+            recorded = on_first(record_arguments, folder, args, device)
             if on_first(is_finished, folder):
-                on_first(check_finished, folder, args, choose_images(args, train, fold, *encode(train["label"]))[-1])
+                on_first(check_finished, folder, args, choose_images(args, train, fold)[-1])
                 print(f"{folder} finished already")
             else:
                 fit(folder, args, recorded, train, fold, device)

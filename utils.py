@@ -15,7 +15,7 @@ os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 MAX_PIXELS = 100_000_000
 os.environ.setdefault("OPENCV_IO_MAX_IMAGE_PIXELS", str(MAX_PIXELS))
 
-script, interrupted = 0, False  # process of the script that runs; whether a Ctrl-C or SIGTERM came (run, interrupt)
+script_pid, interrupted = 0, False  # process of the script that runs; whether a Ctrl-C or SIGTERM came (run, interrupt)
 INTERRUPTED = "interrupted; the same command, without --restart, goes on from the last finished epoch or file"
 
 
@@ -52,8 +52,6 @@ import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
-TO_DO = ("is it there, may you read and write it, has the disk space? Then run the same command again: what is finished is "
-         "kept")
 PLAIN = ("args", "best", "classes", "epoch", "held_out", "history", "train")  # of a checkpoint of ours: no tensors in them
 CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f]")
 
@@ -121,7 +119,7 @@ def printable(text):
 def interrupt(number, frame):
     """SIGTERM ends a script as Ctrl-C does. Schedulers may send several: those that follow shall not disturb the ending."""
     global interrupted
-    if os.getpid() != script:  # a loader's process, just forked
+    if os.getpid() != script_pid:  # a loader's process, just forked
         os._exit(130)
     interrupted = True
     if number == signal.SIGTERM:
@@ -130,8 +128,8 @@ def interrupt(number, frame):
 
 
 def interrupt_later(lost):
-    """Python only prints what is raised in a callback: while an object is deleted, a loader that ends its workers for one, or a
-    process forks. A Ctrl-C or SIGTERM that comes there shall not be lost: it is raised again a moment later."""
+    """An exception in a callback of Python's (an object deleted, a loader's workers ended, a process forked) is only printed.
+    A Ctrl-C or SIGTERM there must not be lost: it is raised again 50 ms later."""
     if issubclass(lost.exc_type, KeyboardInterrupt):
         signal.setitimer(signal.ITIMER_REAL, 0.05)
     elif not interrupted:
@@ -141,8 +139,8 @@ def interrupt_later(lost):
 def run(main):
     """Call main() as a script: user errors are a sentence and code 2, Ctrl-C and SIGTERM a line and code 130. Under torchrun
     the first process prints; the first that fails says why, and the others, which then fail for want of it, end silently."""
-    global interrupted, script
-    interrupted, script = False, os.getpid()
+    global interrupted, script_pid
+    interrupted, script_pid = False, os.getpid()
     signal.signal(signal.SIGTERM, interrupt)
     signal.signal(signal.SIGINT, interrupt)
     signal.signal(signal.SIGALRM, signal.default_int_handler)  # see interrupt_later
@@ -157,7 +155,9 @@ def run(main):
     except InputError as error:
         said, code = "error: " + "\n".join(map(printable, str(error).split("\n"))), 2
     except OSError as error:
-        said, code = f"error: {printable(error.filename or 'output')}: {error.strerror}; {TO_DO}", 2
+        said = (f"error: {printable(error.filename or 'output')}: {error.strerror}; is it there, may you read and write it, "
+                "has the disk space? Then run the same command again: what is finished is kept")
+        code = 2
         if error.filename is None and error.errno is None:  # one that a loader's process has met, in its words
             said, code = traceback.format_exc().rstrip(), 1
     except torch.OutOfMemoryError as error:
@@ -263,16 +263,7 @@ def hand_back_memory():
 
 def autocast(device, precision):
     """Context in which the forward pass runs in `precision`; does nothing at fp32."""
-    if precision == "fp32":
-        return contextlib.nullcontext()
-    return torch.autocast(device.type, torch.bfloat16 if precision == "bf16" else torch.float16)
-
-
-def normalise(x):
-    """Rows of a float tensor [N, D] to length 1 in float32, safe for tiny and huge ones; a zero row stays zero."""
-    x = x.float()
-    x = x / x.abs().amax(1, keepdim=True).clamp(min=torch.finfo(torch.float32).tiny)
-    return x / torch.linalg.vector_norm(x, dim=1, keepdim=True).clamp(min=torch.finfo(torch.float32).tiny)
+    return torch.autocast(device.type, torch.float16 if precision == "fp16" else torch.bfloat16, enabled=precision != "fp32")
 
 
 def peak_memory(device):
@@ -508,7 +499,7 @@ class Store:
         return *self.arrays, self.first
 
     def back_to(self, count):
-        """Take as done only so many rows, no more than `open` said."""
+        """Go back to `count` rows done: a joint pass goes on from the least of its stores."""
         if self.folder is not None and count != self.first:
             self.first, self.digests = count, [hashlib.sha256(array[:count]) for array in self.arrays]
 

@@ -7,12 +7,13 @@ from the queries' own clusters, and a query's label depends on which others came
 
 import warnings
 
-from utils import new_npy, normalise, within
+from utils import new_npy, within
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 
-from search import SCREENS, merge, topk
+from search import SCREENS, topk
 
 # A new vote: here, with its text; in OF_EMBEDDINGS and label, or in of_neighbours; WITH_HEAD; vote_flags; README's flags table.
 # Of votes that are equally good out-of-fold --vote auto takes the first.
@@ -118,7 +119,7 @@ def recentring(queries, gallery, labels, classes, temperature=0.05, rounds=10):
     known = torch.zeros(classes, gallery.shape[1])  # sums of the rows of each class
     for part in blocks(len(gallery)):
         known.index_add_(0, torch.as_tensor(labels[part]), rows_of(gallery, part))
-    centres = torch.nn.functional.normalize(known)
+    centres = F.normalize(known)
     empty = torch.from_numpy(np.bincount(labels, minlength=classes) == 0)  # the smallest weight would make it a centre
 
     def cosine(rows):
@@ -129,7 +130,7 @@ def recentring(queries, gallery, labels, classes, temperature=0.05, rounds=10):
         for part in blocks(len(queries)):
             rows = rows_of(queries, part)
             sums += (cosine(rows) / temperature).softmax(1).T @ rows
-        centres = torch.nn.functional.normalize(sums)
+        centres = F.normalize(sums)
     return torch.cat([cosine(rows_of(queries, part)) for part in blocks(len(queries))])
 
 
@@ -197,7 +198,7 @@ def head_scores(embeddings, head, kind, centres=1):
     head [C, 512]; with sub-centres [C * centres, 512], the nearest of a class counts."""
     if kind == "softmax":
         return (torch.from_numpy(np.array(embeddings)) @ torch.from_numpy(np.array(head)).T).softmax(1)
-    cosine = normalise(torch.from_numpy(np.array(embeddings))) @ normalise(torch.from_numpy(np.array(head))).T
+    cosine = F.normalize(torch.from_numpy(np.array(embeddings))) @ F.normalize(torch.from_numpy(np.array(head))).T
     return cosine.unflatten(1, (-1, centres)).amax(2)
 
 
@@ -210,9 +211,9 @@ def label(queries, gallery, labels, classes, heads, args, wanted, device, scratc
     def search(left, right, k, exclude=None, store=None):
         return topk(left, right, k, exclude, device, args.screen, args.memory, store)
 
-    def new_scratch(name, like):
+    def new_scratch(name, count):
         scratch.mkdir(parents=True, exist_ok=True)
-        return new_npy(scratch / f"{name}.npy", np.float32, like.shape)
+        return new_npy(scratch / f"{name}.npy", np.float32, (count, gallery.shape[1]))
 
     def nearest_of(left, right):
         return labels[search(left, right, 1)[1][:, 0]]
@@ -235,27 +236,17 @@ def label(queries, gallery, labels, classes, heads, args, wanted, device, scratc
         first = rows_of(queries, slice(1))
         alike = all((rows_of(queries, part) == first).all() for part in blocks(len(queries)))  # nothing is left of them
         both = mean_row(queries, gallery) if args.centre == "joint" or alike else None
-        result["centring"] = nearest_of(*(centred(x, mean_row(x) if both is None else both, new_scratch(name, x))
+        result["centring"] = nearest_of(*(centred(x, mean_row(x) if both is None else both, new_scratch(name, len(x)))
                                           for name, x in [("q", queries), ("g", gallery)]))
     if "expansion" in wanted:
         near = search(queries, gallery, args.graph_k), search(gallery, gallery, args.graph_k, np.arange(len(gallery)))
-        result["expansion"] = nearest_of(*(expanded(x, gallery, *found, new_scratch(name, x), args.alpha)
+        result["expansion"] = nearest_of(*(expanded(x, gallery, *found, new_scratch(name, len(x)), args.alpha)
                                            for name, x, found in zip("qg", (queries, gallery), near, strict=True)))
     if "propagation" in wanted:
-        graph = joint_graph(queries, gallery, args.graph_k, search)
+        nodes = new_scratch("nodes", len(gallery) + len(queries))
+        centred(gallery, 0, nodes[:len(gallery)])
+        centred(queries, 0, nodes[len(gallery):])
+        graph = search(nodes, nodes, args.graph_k, np.arange(len(nodes)))
         score, number = propagation(*graph, labels, classes, args.damping, args.alpha).max(1)
         result["propagation"] = np.where(score > 0, number, labels[index[:, 0]])  # a burst of alike queries may be an island
     return result, similarity, index
-
-
-def joint_graph(queries, gallery, k, search):
-    """Neighbours of all nodes, the gallery first, then the queries, among all nodes but themselves: (similarity, index)."""
-    m, n = len(gallery), len(queries)
-    rows = []
-    for nodes, own in [(gallery, (np.arange(m), None)), (queries, (None, np.arange(n)))]:
-        found = [search(nodes, others, k, exclude) for others, exclude in zip((gallery, queries), own, strict=True)]
-        near, which = (torch.from_numpy(np.concatenate(pair, 1)) for pair in
-                       [(found[0][0], found[1][0]), (found[0][1], found[1][1] + m)])
-        rows.append(merge(near, which, k))
-    width = min(r[0].shape[1] for r in rows)
-    return tuple(torch.cat([r[i][:, :width] for r in rows]).numpy() for i in range(2))

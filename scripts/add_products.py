@@ -19,7 +19,7 @@ from utils import InputError, file_fingerprint, lock, pick_device, progress, run
 import numpy as np
 import pandas as pd
 
-from dataset import check_images, inside, load_train, read_csv
+from dataset import check_images, check_paths, load_train, read_csv
 from extract import embed_files
 from models import EMBEDDING
 from retrieve import ADDED, gallery_key, grow, load_added, load_runs
@@ -44,7 +44,7 @@ def content(path):
 def read_new(file, source, outside):
     """Rows of NEW.csv: DataFrame path (below `source`, the input folder, or else absolute), label, content, says (where)."""
     table, base, source = read_csv(file, ["path", "label"]), Path(file).parent.absolute(), Path(source).absolute()
-    inside(table, "path", file, outside)
+    check_paths(table, "path", file, outside)
     check_images(base, table["path"])
     paths = [base / name for name in table["path"]]
     return pd.DataFrame({

@@ -134,10 +134,10 @@ def main():
     args = parse_args()
     device = pick_device(args.device)
     precision = pick_precision(args.precision, device)
-    names = np.resize(read_train(args.input)["path"], args.n)
+    names = np.resize(read_train(args.input, args.allow_outside)["path"], args.n)
     cache = Cache(args)
     cache.add(args.input, names, [args.size], "squash")
-    kept, plain = (Images(args.input, names, np.zeros(args.n, np.int64), args.size, cache=c) for c in (cache, None))
+    kept, plain = (Images(args.input, names, None, args.size, cache=c) for c in (cache, None))
     keep_freed_memory()
 
     def read(images):

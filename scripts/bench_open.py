@@ -25,7 +25,7 @@ from sklearn.metrics import roc_auc_score
 
 from dataset import encode, load_folds, read_solution, read_test, read_train
 from extract import embed_files, run_folder
-from retrieve import load_runs, nearest_by_fold, ranks, strangeness, strangers
+from retrieve import calibrated, load_runs, nearest_by_fold, strangeness, strangers
 from search import Joined, topk
 
 RECIPE = {"epochs": 5, "eval_every": 5, "fold_by": "look", "scale": 20, "margin": 0.2, "lr": 0.006, "head_lr_scale": 5}
@@ -88,7 +88,7 @@ def rejection(runs, output, known, rows, added, truth, args, device):
     for number in range(args.draws):
         half = draw(rows["label"], args.classes // 2, (args.seed, number))
         strange = ~seen & ~np.isin(truth, half)
-        for by, value in [("strangers", p), ("products left out", ranks(p, unseen[rows["label"].isin(half)]))]:
+        for by, value in [("strangers", p), ("products left out", calibrated(p, unseen[rows["label"].isin(half)]))]:
             for rate in RATES:
                 kept = value <= rate
                 rates.append({"by": by, "rate": rate, "false_accepts": kept[strange].mean(), "known_kept": kept[seen].mean(),

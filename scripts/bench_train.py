@@ -75,7 +75,7 @@ def main():
     args = parse_args()
     device = pick_device(args.device)
     precision = pick_precision(args.precision, device, training=True)
-    table = read_train(args.input)
+    table = read_train(args.input, args.allow_outside)
     classes, labels = encode(table["label"])
     names, labels = np.resize(table["path"], args.n), np.resize(labels, args.n)
     cache = Cache(args)

@@ -18,14 +18,15 @@ import warnings
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from utils import InputError, atomic, load_json, load_npy, normalise, run, script_parser
+from utils import InputError, atomic, load_json, load_npy, run, script_parser
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from export_index import need
 from torch import nn
 
-from dataset import load_train, read_image
+from dataset import load_train, read_image, resize
 from extract import load_model
 
 ALIKE = 1e-3  # largest difference that the check lets pass between ONNX Runtime and PyTorch
@@ -81,11 +82,8 @@ def check(path, model, photographs):
 
 def main():
     args = parse_args()
-    try:
-        import onnxruntime  # noqa: F401
-        import onnxscript  # noqa: F401
-    except ImportError as error:
-        raise InputError(f"{error.name} is not installed: pip install onnx onnxruntime onnxscript") from None
+    need("onnxruntime", "onnx onnxruntime onnxscript")
+    need("onnxscript", "onnx onnxruntime onnxscript")
     folder = Path(args.output) / args.run
     if not (folder / "extract.json").exists():
         raise InputError(f"{folder} has no embeddings; run train.py and extract.py first")
@@ -93,11 +91,13 @@ def main():
     model = Embedder(load_model(folder, stamp, torch.device("cpu")), stamp["sizes"]).eval()
     rows = np.linspace(0, len(train) - 1, min(args.n, len(train))).astype(int)
     photographs = [read_image(Path(args.input) / train["path"][row]) for row in rows]
+    if stamp["resize"] == "pad":
+        photographs = [resize(image, max(image.shape[:2]), "pad") for image in photographs]
     target = folder / "model.onnx"
     with atomic(target) as temporary:
         export(model, str(temporary))
         found = check(str(temporary), model, photographs)
-    ours = normalise(torch.from_numpy(np.array(load_npy(folder / "train.npy", (len(train), None))[rows]))).numpy()
+    ours = F.normalize(torch.from_numpy(np.array(load_npy(folder / "train.npy", (len(train), None))[rows]))).numpy()
     cosine = (found * ours).sum(1)
     print(f"{target}: {target.stat().st_size / 1e6:.1f} MB; equal to PyTorch on {len(rows)} images; cosine to extract.py's "
           f"embeddings, which resize with OpenCV: {cosine.min():.4f} at least, {np.median(cosine):.4f} in the middle")

@@ -34,7 +34,7 @@ from utils import InputError, progress, reading, run, save_csv, script_parser
 import numpy as np
 import pandas as pd
 
-from dataset import SUFFIXES, inside, read_train
+from dataset import SUFFIXES, check_paths, read_train
 
 # Flags that one form only takes.
 ONLY = {"folders": ("test_share", "seed"), "csv": ("columns", "group", "images", "test_images", "suffix", "hand_in")}
@@ -213,6 +213,8 @@ FORMS = {"grocery": grocery, "products10k": products10k, "rp2k": rp2k, "sop": so
 def place(source, output, train, test, copy):
     """Links OUT/images and OUT/test to SRC, or copies of the images."""
     for name, table in (("images", train), ("test", test)):
+        if table.empty:  # photographs to label may be put there later
+            continue
         target = output / name
         link = target.is_symlink()
         if (copy or target.resolve() != source) if link else (target.exists() and not copy):
@@ -240,7 +242,7 @@ def main():
         raise InputError(f"--output {output} is in {source}, whose images are read; give another")
     source, train, test = FORMS[args.form](source, args)
     for table in (train, test):
-        inside(table, "path", args.source, otherwise="")
+        check_paths(table, "path", args.source, otherwise="")
     if train.empty:
         raise InputError(f"{args.source} has no training images")
     output.mkdir(parents=True, exist_ok=True)

@@ -16,6 +16,8 @@ import torch
 from conftest import ROOT, TINY, make_data, script
 from ranks import NORMS, keep_first_epoch, pass_through
 
+from dataset import EpochSampler
+
 # How far two processes' weights may be from those of one, as a share of the way that training moved them. The sums of float32
 # are in another order: after the last of 20 batch norms the features of test_efficientnet are off float64's by 7e-6 (one
 # process) and 3e-6 (two). A PReLU whose input is as near to 0 takes its other slope, and a gradient then moves by 0.5 %.
@@ -134,16 +136,12 @@ def test_an_unreadable_image_ends_all_processes_with_one_sentence(tmp_path):
 
 
 def test_what_several_processes_cannot_do_is_said(monkeypatch):
-    from dataset import EpochSampler
-
     monkeypatch.setattr("dataset.rank_and_world", lambda: (0, 3))
     with pytest.raises(utils.InputError, match="3 processes cannot share 2 images"):
         EpochSampler(100, 0, 8, 4)
 
 
 def test_the_shares_of_a_batch_make_the_batch(monkeypatch):
-    from dataset import EpochSampler
-
     whole = EpochSampler(25, 3, 10, 2)
     shares = []
     for rank in range(3):

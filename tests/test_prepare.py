@@ -110,6 +110,7 @@ def test_photographs_without_labels_and_none_to_label(tmp_path):
     assert read_test(output)["filename"].tolist() == ["test/a/7.jpg"] and read_solution(output, ["test/a/7.jpg"]) == ["a"]
     script("scripts/prepare.py", "folders", source / "train", "--output", tmp_path / "all", "--test-share", 0)
     assert len(read_train(tmp_path / "all")) == 6 and not has_test(tmp_path / "all")
+    assert not (tmp_path / "all" / "test").exists(), "a link to SRC, where photographs to label would fall among the others"
     photos(source, ["val/a/5.jpg"])
     script("scripts/prepare.py", "folders", source, "--output", output)
     assert len(read_train(output)) == 7, "val/ trains, too"
