@@ -84,16 +84,9 @@ NAMES = list(SHIFTS)
 ALTERATIONS = [(), *((name,) for name in NAMES), *zip(NAMES, NAMES[13:] + NAMES[:13], strict=True)]
 
 
-class Altered:
-    """uint8 [3, H, W] -> the same, altered in the named ways, one after the other."""
-
-    def __init__(self, names):
-        self.names = names
-
-    def __call__(self, image):
-        for name in self.names:
-            image = SHIFTS[name](image)
-        return image
+def altered_by(names):
+    """uint8 [3, H, W] -> the same, altered in the named ways, one after the other; None without names."""
+    return v2.Compose([SHIFTS[name] for name in names]) if names else None
 
 
 class AlteredImages(Images):
@@ -110,5 +103,5 @@ class AlteredImages(Images):
         return self.kept[key]
 
     def __getitem__(self, row):
-        self.augment = Altered(ALTERATIONS[row // self.count])
+        self.augment = altered_by(ALTERATIONS[row // self.count])
         return super().__getitem__(row)

@@ -20,6 +20,7 @@ from utils import InputError, atomic, autocast, pick_device, pick_precision, run
 import pandas as pd
 import torch
 import torch.nn.functional as F
+from export_index import need
 
 from dataset import (
     EpochSampler,
@@ -82,7 +83,12 @@ def parse_args():
     add("--seeds", nargs="+", type="seed", default=[9999], help="default 9999")
     add("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS), metavar="NAME",
         help=f"default all: {', '.join(VARIANTS)}")
-    return parser.parse_args()
+    args = parser.parse_args()
+    if PEER in args.variants:
+        need("pytorch_metric_learning", "pytorch-metric-learning")
+    if args.epochs < 2 and any("-1" in (VARIANTS[name] or []) for name in args.variants):
+        parser.error(f"--epochs {args.epochs}: one epoch of some --variants is its head's; give two or more")
+    return args
 
 
 def flags_of(variant, args):
@@ -90,7 +96,8 @@ def flags_of(variant, args):
     flags, size = [*BASE, "--epochs", str(args.epochs), *VARIANTS[variant]], args.size
     if flags[-2:] == ["--epochs", "-1"]:
         flags[-1] = str(args.epochs - 1)
-    return [str(round(size * (1 + int(f[:-1]) / 100) / 32) * 32) if f.endswith("%") else f for f in flags]
+    sizes = {"0%": size, "+25%": round(size * 1.25 / 32) * 32}
+    return [str(sizes.get(flag, flag)) for flag in flags]
 
 
 def train(variant, fold, seed, args):
@@ -177,6 +184,8 @@ def main():
                 rows.append(dict(zip(keys, key, strict=True)) | found)
                 save_csv(file, pd.DataFrame(rows))
                 print(rows[-1], flush=True)
+    budget = args.arch, args.size, args.epochs, args.fold_by
+    rows = [row for row in rows if tuple(row[k] for k in keys[1:5]) == budget]
     table = pd.DataFrame(rows).groupby("variant", sort=False)[["head_acc", "retrieval_acc", "seconds"]]
     print(table.agg(["mean", "std", "count"]).round(4).to_string())
 

@@ -9,6 +9,7 @@ Writes WORK/<catalogue>/ (data and results), WORK/cost.csv (what is there is not
 
 import os
 import re
+import shutil
 import subprocess
 import sys
 import time
@@ -58,14 +59,16 @@ def measure(folder, classes, train, test, args):
     """A row of cost.csv."""
     sizes = {"--classes": classes, "--train-per-class": train, "--test-per-class": test}
     measured("scripts/make_demo.py", folder / "data", *(x for pair in sizes.items() for x in pair))
+    for old in ("output", "data/.cache"):  # of another backbone, or of a measurement that was stopped
+        shutil.rmtree(folder / old, ignore_errors=True)
     where = ["--input", folder / "data", "--output", folder / "output"]
-    recipe = ["--arch", args.arch, "--fold", 0, "--size", args.size, "--epochs", args.epochs, "--restart",
+    recipe = ["--arch", args.arch, "--fold", 0, "--size", args.size, "--epochs", args.epochs,
               "--batch-size", 16, "--lr", 0.003, "--head-lr-scale", 5, "--fold-by", "random"]
     row = {"products": classes, "train": classes * train, "test": classes * test}
     for stage in STAGES:
         script = f"scripts/{stage}.py" if stage in ("expect", "report") else f"{stage}.py"
-        flags = [] if stage == "report" else ["--device", args.device]
-        row[f"{stage} s"], row[f"{stage} GiB"] = measured(script, *where, *(recipe if stage == "train" else []), *flags)
+        row[f"{stage} s"], row[f"{stage} GiB"] = measured(script, *where, *(recipe if stage == "train" else []), "--device",
+                                                          args.device)
         print(f"{folder.name}: {stage} {duration(row[f'{stage} s'])}, {row[f'{stage} GiB']:.2f} GiB", flush=True)
     return row
 

@@ -20,15 +20,15 @@ from utils import InputError, pick_device, run, save_csv, script_parser
 import cv2
 import numpy as np
 import pandas as pd
-from alterations import SHIFTS, Altered
+from alterations import SHIFTS, altered_by
 from expect import altered_sets, expect, known_looks
 from sklearn.cluster import KMeans
 
 from dataset import Images, encode, load_folds, load_image, load_test, load_train, read_solution, workers_flag
 from extract import embed_as_extracted
-from retrieve import load_runs
+from retrieve import by_fold, load_runs
 
-FEW = ["none", "dark", "blurred", "coarse", "zoomed", "noisy", "warm", "turned", "covered", "jpeg", "grey", "pale"]
+FEW = ["none", *list(SHIFTS)[:11]]
 
 
 def parse_args():
@@ -67,14 +67,16 @@ def main():
         raise InputError(f"{args.input}/solution.csv is not there; without it nothing tells how true an expectation is")
     classes, labels = encode(train["label"])
     runs, fold = load_runs(args.output, args.runs, train, test), load_folds(args.output, train)
+    if not by_fold(runs):
+        raise InputError("no run held images out, so there is nothing to expect; train runs of folds, not of 'all'")
     part = known_looks(args.output, train, fold)
     picked = np.sort(np.random.default_rng(args.seed).permutation(len(test))[:args.n])
     (sets, prior), rows = altered_sets(runs, part, labels, train, args, device), []
     parts = clusters(Path(args.input) / "test", test["filename"], args.parts, args.seed) if args.parts else {}
     for shift in [*args.shifts, *parts]:
         def altered(size, resize, shift=shift):
-            return Images(Path(args.input) / "test", test["filename"].iloc[picked], np.zeros(len(picked), np.int64), size,
-                          resize, Altered([] if shift == "none" else [shift]), args.seed)
+            return Images(Path(args.input) / "test", test["filename"].iloc[picked], None, size, resize,
+                          altered_by([] if shift == "none" else [shift]), args.seed)
 
         which = parts.get(shift, picked)
         embedded = ({r["name"]: r["test"][which] for r in runs} if shift in parts else

@@ -25,10 +25,10 @@ import numpy as np
 import pandas as pd
 import torch
 import torch.nn.functional as F
-from export_index import ENGINES, export
+from export_index import ENGINES, export, need
 
 from search import QUERIES, SCREENS, TILE, Joined, pick_screen, topk
-from votes import VOTES, label, vote_flags
+from votes import VOTES, WITH_HEAD, label, vote_flags
 
 METHODS = ["ours", "faiss", "sklearn", "torch", "limit"]
 
@@ -43,8 +43,9 @@ def parse_args():
     add("--dim", type="count", default=5120, help="dimensions (default 5120)")
     add("--classes", type="count", default=1000, help="clusters (default 1000)")
     add("--methods", nargs="+", choices=METHODS, default=METHODS, help="default all")
-    add("--votes", nargs="*", choices=VOTES[2:], default=[], metavar="VOTE",
-        help=f"also time these votes once, search included, and their accuracy on the clusters: {' '.join(VOTES[2:])}")
+    votes = [vote for vote in VOTES[2:] if vote not in WITH_HEAD]
+    add("--votes", nargs="*", choices=votes, default=[], metavar="VOTE",
+        help=f"also time these votes once, search included, and their accuracy on the clusters: {' '.join(votes)}")
     add("--engines", nargs="*", choices=ENGINES, default=[], metavar="ENGINE", help="also build export_index.py's indices of "
         f"the same rows and print its table of recall and speed: {' '.join(ENGINES)}")
     add("--repeat", type="count", default=3, help="rounds, each runs every method (default 3)")
@@ -55,6 +56,8 @@ def parse_args():
         parser.error("--votes and --engines need the labels of clustered rows; leave --gallery out")
     if bool(args.gallery) != bool(args.queries):
         parser.error("--gallery and --queries go together")
+    if "faiss" in args.methods:
+        need("faiss", "faiss-cpu")
     return args
 
 
@@ -79,7 +82,7 @@ def clustered(folder, args):
 
 
 class PeakMemory:
-    """Most anonymous memory of this process above that at the start, in GiB, while the block runs; nan but on Linux."""
+    """Most anonymous memory of this process above that at the start, in GiB, while the block runs."""
 
     def __enter__(self):
         self.start, self.top, self.stop = self.now(), 0.0, threading.Event()
@@ -97,10 +100,7 @@ class PeakMemory:
 
     @staticmethod
     def now():
-        try:
-            lines = Path("/proc/self/status").read_text().splitlines()
-        except OSError:
-            return float("nan")
+        lines = Path("/proc/self/status").read_text().splitlines()
         return int(next(line for line in lines if line.startswith("RssAnon")).split()[1]) / 2**20
 
 

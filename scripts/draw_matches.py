@@ -10,11 +10,11 @@ Writes output/matches.jpg
 import sys
 from pathlib import Path
 
-import cv2
-import numpy as np
-
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from utils import InputError, atomic, run, script_parser, within
+
+import cv2
+import numpy as np
 
 from dataset import load_train, read_csv, read_image, read_solution, resize
 from retrieve import grow, load_neighbours

@@ -45,7 +45,7 @@ from utils import (
 import numpy as np
 import torch
 import torch.nn.functional as F
-from scipy.optimize import brentq
+from scipy.optimize import brentq, minimize_scalar
 from scipy.special import expit
 from sklearn.isotonic import IsotonicRegression
 from sklearn.kernel_ridge import KernelRidge
@@ -142,18 +142,9 @@ def out_of_fold(runs, fold, part, labels, classes, device, looks=LOOKS, seed=0):
 
 def fit_sharpness(best, truth):
     """The factor b for which softmax(b * best) [n, C] gives the true classes [n] the highest likelihood."""
-    log = torch.tensor(3.0, dtype=torch.float64, requires_grad=True)
     best, truth = torch.from_numpy(best).double(), torch.from_numpy(truth)
-    optimiser = torch.optim.LBFGS([log], max_iter=50, line_search_fn="strong_wolfe")
-
-    def loss():
-        optimiser.zero_grad()
-        value = F.cross_entropy(best * log.exp(), truth)
-        value.backward()
-        return value
-
-    optimiser.step(loss)
-    return log.exp().item()
+    found = minimize_scalar(lambda log: F.cross_entropy(best * np.exp(log), truth).item(), bounds=(-5, 10))
+    return float(np.exp(found.x))
 
 
 def log_odds(best, sharpness, predicted=None):
@@ -493,7 +484,7 @@ def tell(args, device):
               "their nearest")
     truth = read_solution(args.input, test["filename"])
     figures["vote"] = vote
-    figures["true"] = None if truth is None else round(float((table["prediction"] == truth).mean()), 4)
+    figures["true"] = None if truth is None else round(accuracy(number, number_of(truth, classes)), 4)
     save_csv(Path(args.output) / "confidence.csv", table)
     figures["confidence_csv"] = file_fingerprint(Path(args.output) / "confidence.csv")
     save_json(Path(args.output) / "expected.json", figures)
@@ -505,7 +496,7 @@ def tell(args, device):
         print("the test images were embedded with --adapt-bn and the altered training images without: it fits them less")
     if any(load_json(Path(args.output) / r["name"] / "args.json").get("pseudo") for r in runs):
         print("these runs trained on confident test images: their expectation confirms itself, that of the round before counts")
-    least = table.sort_values("similarity", kind="stable").head(5)
+    least = table[table["filename"].isin(good["filename"])].sort_values("similarity", kind="stable").head(5)
     print("least like anything in the gallery: " + ", ".join(f"{n} ({s:.2f})" for n, s in
                                                              zip(least["filename"], least["similarity"], strict=True)))
 

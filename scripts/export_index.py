@@ -25,7 +25,7 @@ import time
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from utils import InputError, lock, pick_device, progress, run, save_json, script_parser
+from utils import InputError, Unwritable, lock, pick_device, progress, run, save_json, script_parser
 
 import numpy as np
 from summary import table as markdown
@@ -65,11 +65,11 @@ def need(module, package):
 class Faiss:
     """An index of FAISS in one file. `parameter`: what its effort is called there."""
 
-    parameter, efforts = None, ["exact"]
+    parameter, efforts, factory = None, ["exact"], "Flat"
 
     def describe(self, rows, width):
         """In the words of FAISS's index_factory."""
-        return "Flat"
+        return self.factory
 
     def build(self, folder, gallery, table):
         """Index the rows of a Joined; `table` has their path and label."""
@@ -96,14 +96,15 @@ class Faiss:
 
     def close(self, folder, effort):
         self.set(effort)
-        self.faiss.write_index(self.index, str(folder / "gallery.faiss"))
+        try:
+            self.faiss.write_index(self.index, str(folder / "gallery.faiss"))
+        except RuntimeError as error:  # a full disk
+            raise Unwritable(f"{folder} cannot be written ({str(error).rpartition('Error: ')[2]}); free space, or give another "
+                             "--output") from None
 
 
 class Hnsw(Faiss):
-    parameter, efforts = "efSearch", [16, 64, 256, 1024]
-
-    def describe(self, rows, width):
-        return "HNSW32"
+    parameter, efforts, factory = "efSearch", [16, 64, 256, 1024], "HNSW32"
 
 
 class IvfPq(Faiss):

@@ -1,5 +1,5 @@
 """Mutated inputs of every kind, each given to the functions of the project that read such a thing: scripts/torture.py runs
-thousands, tests/test_torture.py some hundred."""
+thousands, tests/test_torture.py a few dozen."""
 
 import contextlib
 import io

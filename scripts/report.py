@@ -52,11 +52,13 @@ def thumbnails(paths, what):
 
 
 def choose(table, most, seed):
-    """Rows of the test images to show: a quarter each of the least confident, the least similar, the wrong, and at random."""
-    order = [table["confidence"].fillna(2).argsort(kind="stable"), table["similarity"].argsort(kind="stable"),
-             np.flatnonzero(table["truth"].notna() & (table["truth"] != table["prediction"])),
-             np.random.default_rng(seed).permutation(len(table))]
-    chosen = dict.fromkeys(int(i) for part in order for i in np.asarray(part)[:max(1, most // 4)])
+    """Rows of the test images to show: a quarter each of the least confident, the least similar, the wrong and surest, and at
+    random."""
+    sure = table["confidence"].fillna(table["similarity"])  # as the page sorts them
+    wrong = table["truth"].notna() & (table["truth"] != table["prediction"])
+    order = [table["confidence"].dropna(), table["similarity"], -sure[wrong]]
+    order = [part.sort_values(kind="stable").index for part in order] + [np.random.default_rng(seed).permutation(len(table))]
+    chosen = dict.fromkeys(int(i) for part in order for i in part[:max(1, most // 4)])
     return list(chosen)[:most]
 
 
@@ -158,15 +160,15 @@ def main():
     similarity, index = (part[good, :NEAR] for part in load_neighbours(output, len(good), gallery.index.max() + 1))
     expected = None  # without confidence.csv, which a new submission deletes, it is of a former one
     if all((output / name).exists() for name in ("confidence.csv", "expected.json")):
-        expected = load_json(output / "expected.json", expected=float)
+        expected = load_json(output / "expected.json", expected=float, runs=dict)
+        if expected["runs"].keys() != scores["runs"].keys():  # by expect.py --runs
+            expected = None
     truth = read_solution(source, table["filename"])
     table = table.assign(truth=truth, similarity=similarity[:, 0], confidence=np.nan)
     if (output / "confidence.csv").exists():
         sure = read_csv(output / "confidence.csv", ["filename", "prediction", "confidence"])
-        sure = sure[sure["filename"].isin(table["filename"])].reset_index(drop=True)
-        if sure["filename"].equals(table["filename"]):  # expect.py --runs: another label may be meant
-            agree = sure["prediction"] == table["prediction"]
-            table["confidence"] = pd.to_numeric(sure["confidence"], errors="coerce").where(agree)
+        sure = table[["filename", "prediction"]].merge(sure, "left")  # expect.py --runs: another label may be meant
+        table["confidence"] = pd.to_numeric(sure["confidence"], errors="coerce")
     chosen = choose(table, args.most, args.seed)
     shown = np.unique(index[chosen])  # the neighbours are named by the index of `gallery`
     place = {row: i for i, row in enumerate(shown)}
@@ -176,8 +178,8 @@ def main():
     page = {
         "title": f"{len(table)} photographs, {gallery['label'].nunique()} labels, {len(gallery)} gallery images",
         "tiles": tiles(output, scores, expected, runs),
-        "chosen": f"{len(chosen)} of {len(table)} photographs: the least confident, the least like any training image, wrong "
-                  "ones where the answers are known, and some at random.",
+        "chosen": f"{len(chosen)} of {len(table)} photographs: the least confident (if that is known), the least like any "
+                  "training image, wrong ones where the answers are known, and some at random.",
         "queries": [{"file": table["filename"][i], "thumb": photo, "label": table["prediction"][i], "truth": table["truth"][i],
                      "confidence": None if np.isnan(table["confidence"][i]) else float(table["confidence"][i]),
                      "similarity": float(similarity[i, 0]),

@@ -64,7 +64,7 @@ def parse_args():
     add("--signals", type="whole", default=20, help="SIGTERMs and Ctrl-Cs (default 20)")
     add("--disks", type="whole", default=120, help="damaged files and failing disks (default 120)")
     add("--inputs", type="whole", default=2000, help="mutated inputs (default 2000)")
-    add("--health-epochs", type="count", default=30, help="epochs of the long training (default 30)")
+    add("--health-epochs", type="several", default=30, help="epochs of the long training (default 30)")
     add("--health-times", type="count", default=16, help="its data, in times of the demo's 400 images (default 16)")
     add("--folds", type=within("[1, 5]", int), default=5, help="trained of each network; the ten-run job has 5 (default 5)")
     add("--seed", type="seed", default=0, help="of all that is random (default 0)")
@@ -172,7 +172,7 @@ def differing(output, undisturbed, records=False):
 
 
 def make_data(folder, rng, labels=("bottle", "=1+1", "우유"), train_each=10, test_each=3, side=32):
-    """A coloured disc or square a label on noise: train.csv, sample_submission.csv, solution.csv and images."""
+    """A coloured ring or disc a label on noise: train.csv, sample_submission.csv, solution.csv and images."""
     rows = {"train": [], "test": []}
     for split, each in (("train", train_each), ("test", test_each)):
         (folder / split).mkdir(parents=True)

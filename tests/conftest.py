@@ -116,6 +116,15 @@ def output(data, tmp_path_factory):
     return folder
 
 
+@pytest.fixture(scope="session")
+def labelled(data, output, tmp_path_factory):
+    """A copy of these, with a submission and what to expect of it."""
+    folder = shutil.copytree(output, tmp_path_factory.mktemp("labelled") / "o")
+    script("retrieve.py", "--input", data, "--output", folder)
+    script("scripts/expect.py", "--input", data, "--output", folder)
+    return folder
+
+
 @pytest.fixture
 def finished(output, tmp_path):
     """A copy of the two finished runs, to be changed."""

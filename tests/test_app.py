@@ -3,12 +3,12 @@
 import http.client
 import io
 import json
-import shutil
 import socket
 import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
 
+import app
 import cv2
 import numpy as np
 import pytest
@@ -17,17 +17,12 @@ from browser import CHROMIUM, Browser
 from conftest import ROOT, TURNED_HEIC, script
 from PIL import Image
 
-sys.path.insert(0, str(ROOT / "scripts"))
-import app
-
 
 @pytest.fixture(scope="module")
-def server(data, output, tmp_path_factory):
+def server(data, labelled):
     """The app on the two tiny runs, listening."""
-    folder = shutil.copytree(output, tmp_path_factory.mktemp("app") / "o")
-    script("scripts/expect.py", "--input", data, "--output", folder)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys, "argv", ["app.py", "--input", str(data), "--output", str(folder), "--port", "0"])
+        patch.setattr(sys, "argv", ["app.py", "--input", str(data), "--output", str(labelled), "--port", "0"])
         args = app.parse_args()
     with app.Server(args, app.Labeller(args, torch.device("cpu"))) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()

@@ -7,15 +7,13 @@ from importlib.util import find_spec
 
 from utils import InputError
 
+import export_index
 import numpy as np
 import pandas as pd
 import pytest
-from conftest import ROOT, script
+from conftest import script
 
 from search import Joined, topk
-
-sys.path.insert(0, str(ROOT / "scripts"))
-import export_index
 
 
 def clusters(rows=600, n=50, width=64, classes=12):

@@ -7,17 +7,15 @@ from types import SimpleNamespace
 
 from utils import load_json, save_json
 
+import app
 import numpy as np
 import pandas as pd
 import pytest
 import torch
-from conftest import ROOT, script
+from conftest import script
 
 import retrieve
 from dataset import read_image, read_train
-
-sys.path.insert(0, str(ROOT / "scripts"))
-import app
 
 
 def unit(x):
@@ -88,7 +86,7 @@ def test_the_rate_of_false_accepts_is_the_wanted_one(tmp_path):
 
 def test_products_left_out_correct_the_rate():
     strange = np.array([0.001, 0.02, 0.05, 0.9])
-    assert np.allclose(retrieve.ranks(strange, [0.5, 0.01, 0.04]), [1 / 4, 2 / 4, 3 / 4, 1])
+    assert np.allclose(retrieve.calibrated(strange, [0.5, 0.01, 0.04]), [1 / 4, 2 / 4, 3 / 4, 1])
 
 
 def test_rejected_photographs_are_unknown(data, finished, monkeypatch):
@@ -108,6 +106,9 @@ def test_rejected_photographs_are_unknown(data, finished, monkeypatch):
         right = (table["prediction"] == truth["label"])[kept].mean()
         assert scores["accuracy_kept"] == (pytest.approx(right, abs=1e-3) if kept.any() else None)
         rejected.append(set(table["filename"][~kept]))
+    script("scripts/expect.py", *flags, "--altered", 4)
+    of_all = load_json(finished / "expected.json")["true"]
+    assert of_all == load_json(finished / "scores.json")["test"]["nearest"]
     assert rejected[0] >= rejected[1] >= rejected[2] and len(rejected[0]) > len(rejected[2])
     rows = json.loads(script("scripts/classify.py", photos, *flags, "--reject", rate, "--json").stdout)
     by_name = {row["photo"].rsplit("/", 1)[1]: row for row in rows}

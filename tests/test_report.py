@@ -10,6 +10,7 @@ from utils import load_json, save_json
 import numpy as np
 import pandas as pd
 import pytest
+import report
 from browser import CHROMIUM, Browser
 from conftest import script
 
@@ -17,16 +18,8 @@ import dataset
 from dataset import read_image, read_test, read_train
 
 
-@pytest.fixture
-def output(data, output, tmp_path):
-    """The finished runs, labelled, in a folder of the test's own."""
-    folder = shutil.copytree(output, tmp_path / "o")
-    script("retrieve.py", "--input", data, "--output", folder)
-    script("scripts/expect.py", "--input", data, "--output", folder)
-    return folder
-
-
-def test_a_photo_is_labelled_as_in_the_submission(data, output, tmp_path):
+def test_a_photo_is_labelled_as_in_the_submission(data, labelled, tmp_path):
+    output = shutil.copytree(labelled, tmp_path / "o")
     flags = ["--input", data, "--output", output]
 
     def check():
@@ -72,8 +65,8 @@ def test_a_photo_is_labelled_as_in_the_submission(data, output, tmp_path):
     assert "holds no image" in script("scripts/classify.py", data / "empty", *flags, code=2).stderr
 
 
-def test_the_report_shows_what_the_files_hold(data, output, tmp_path):
-    source = shutil.copytree(data, tmp_path / "d")
+def test_the_report_shows_what_the_files_hold(data, labelled, tmp_path):
+    source, output = shutil.copytree(data, tmp_path / "d"), shutil.copytree(labelled, tmp_path / "o")
     flags = ["--input", source, "--output", output]
 
     def page():
@@ -96,6 +89,13 @@ def test_the_report_shows_what_the_files_hold(data, output, tmp_path):
     assert all(q["truth"] is None for q in page()["queries"])
     script("extract.py", *flags, "--arch", "test_nfnet", "--test-size", 48, "--workers", 1)
     assert "run retrieve.py again" in script("scripts/report.py", *flags, code=2).stderr, "it would show former neighbours"
+
+
+def test_the_surest_errors_are_shown():
+    sure = np.linspace(0.5, 1, 40)
+    table = pd.DataFrame({"confidence": sure, "similarity": 0.9, "prediction": "a", "truth": ["a", "b"] * 20})
+    assert {39, 37, 35} <= set(report.choose(table, 12, 0)) and {0, 1, 2} <= set(report.choose(table, 12, 0))
+    assert {39, 1} <= set(report.choose(table.assign(confidence=np.nan, similarity=sure[::-1]), 4, 0)), "by similarity, then"
 
 
 HOSTILE = '</script><img src=x onerror="window.hit = 1">\'"&amp;', "\"'><img src=x onerror=window.hit=1>.jpg"  # label, file
@@ -175,9 +175,10 @@ def test_the_onnx_model_embeds_as_extract_does(data, output):
     assert "has no embeddings" in script("scripts/export_onnx.py", "--run", "x/fold9", "--output", output, code=2).stderr
 
 
-def test_without_test_images_there_is_nothing_to_expect_or_report(data, output, tmp_path):
+def test_without_test_images_there_is_nothing_to_expect_or_report(data, finished, tmp_path):
     source = shutil.copytree(data, tmp_path / "d")
+    (finished / "expected.json").touch()
     (source / "sample_submission.csv").unlink()
     for name in ("expect", "report"):
-        assert "no test images" in script(f"scripts/{name}.py", "--input", source, "--output", output).stdout
-    assert not (output / "expected.json").exists(), "an old expectation is no expectation"
+        assert "no test images" in script(f"scripts/{name}.py", "--input", source, "--output", finished).stdout
+    assert not (finished / "expected.json").exists(), "an old expectation is no expectation"
