@@ -75,7 +75,7 @@ def read_csv(path, columns, unique=True):
         header, first = next(rows, []), next(rows, [])
         if len(header) > COLUMNS:
             raise ValueError(f"{len(header)} columns")
-        more = len(first) > len(header) > 0
+        more = len(first) > len(header) > 0  # pandas would make an index of the first columns
         table = None if more else pd.read_csv(io.BytesIO(data), dtype=str, keep_default_na=False, encoding="utf-8-sig")
     except FileNotFoundError:
         raise InputError(f"{path} is not there; README, 'Your own data', says what goes into it") from None
@@ -227,23 +227,23 @@ def number_of(labels, classes):
 
 
 def make_folds(labels, groups=None, folds=5, seed=9999):
-    """Fold number of each row [N] int64, stratified by label; with `groups`, whole groups go to one fold.
-    A group whose classes are all seen in no other group (without groups: the single image of a class) gets -1: it stays
-    in every fold's training part. A class that is in one group only, beside others, is held out with that group: no
-    run can know it then, and its images count as errors."""
+    """Fold number of each row [N] int64, stratified by label; with `groups`, whole groups go to one fold (without, each image
+    is a group). A group of which no class is in another group gets -1: it stays in every fold's training part. But where one
+    of its classes is, the whole group is held out, also the classes that are in no other; these then count as errors."""
     from sklearn.model_selection import StratifiedGroupKFold, StratifiedKFold  # takes seconds, and folds are drawn once
 
     labels = np.asarray(labels)
     groups = np.arange(len(labels)) if groups is None else np.asarray(groups)
-    seen = pd.DataFrame({"label": labels, "group": groups}).groupby("label")["group"].transform("nunique").to_numpy()
-    fold, rows = np.full(len(labels), -1), np.flatnonzero(np.isin(groups, groups[seen > 1]))
+    groups_of_label = pd.DataFrame({"label": labels, "group": groups}).groupby("label")["group"].transform("nunique").to_numpy()
+    rows = np.flatnonzero(np.isin(groups, groups[groups_of_label > 1]))  # that may be held out
+    fold = np.full(len(labels), -1)
     if not len(rows) and len(np.unique(labels)) < len(labels):
         raise InputError("every label's images are in one group, so a fold of groups would hold out labels that its run never "
                          "sees; take --fold-by look or random, or leave the column group out")
     if len(np.unique(groups[rows])) < folds:
         raise InputError(f"{folds} folds need {folds} images (or groups) of classes with two or more; use fewer --n-folds")
-    # scikit-learn refuses when every class is smaller than the number of folds; a class of stand-ins, behind the rows and of
-    # names that no CSV holds, makes it deal on.
+    # scikit-learn refuses where every class is smaller than the number of folds. So a class of `folds` stand-ins, each a group
+    # of its own and named as nothing in a CSV, comes behind the rows; its folds are dropped.
     y = encode([*labels[rows], *["\U0010ffff"] * folds])[1]
     g = encode([*groups[rows], *(f"\0{i}" for i in range(folds))])[1]
     split = StratifiedKFold if len(np.unique(groups)) == len(groups) else StratifiedGroupKFold
@@ -255,10 +255,10 @@ def make_folds(labels, groups=None, folds=5, seed=9999):
 
 
 def make_look_folds(features, labels, folds=5, seed=9999):
-    """Fold number of each row [N] int64: k-means splits the features [N, D] of each class into as many looks as folds (as
-    images, where those are fewer), and whole looks are held out. So a held-out image looks different from the training
-    images of its class, as a new photograph does. The largest look of a class goes to the fold that is smallest so far. A
-    class with one look only gets -1: it stays in every fold's training part."""
+    """Fold number of each row [N] int64. k-means splits the features [N, D] of each class into as many looks as there are folds
+    (or different images, if fewer), and whole looks are held out: a held-out image looks different from the training images of
+    its class, as a new photograph does. A class's largest look goes to the fold that is smallest so far, and so on. A class
+    with one look only gets -1: it stays in every fold's training part."""
     from sklearn.cluster import KMeans
     from sklearn.preprocessing import normalize
 
@@ -269,9 +269,9 @@ def make_look_folds(features, labels, folds=5, seed=9999):
         if count < 2:
             continue
         look = KMeans(count, n_init=4, random_state=seed).fit_predict(features[rows])
-        looks = np.argsort(-np.bincount(look), kind="stable")
-        to = dict(zip(looks, np.argsort(size, kind="stable"), strict=False))
-        fold[rows] = [to[number] for number in look]
+        largest_first, smallest_first = np.argsort(-np.bincount(look), kind="stable"), np.argsort(size, kind="stable")
+        fold_of = dict(zip(largest_first, smallest_first, strict=False))  # looks may be fewer than folds
+        fold[rows] = [fold_of[number] for number in look]
         size += np.bincount(fold[rows], minlength=folds)
     if (size == 0).any():
         raise InputError(f"{folds} looks need classes of {folds} or more different images; use fewer --n-folds (or --looks)")
@@ -320,7 +320,7 @@ def load_folds(output, train, folds=None, seed=9999, by=None, features=None):
     if train_fingerprint(table) != train_fingerprint(train):
         raise InputError(f"{path} was written for another train.csv; use another --output, or delete it with its runs")
     fold = pd.to_numeric(table["fold"], errors="coerce").to_numpy()
-    if not (np.isin(fold, np.arange(-1, len(fold))).all() and set(np.unique(fold)) >= set(range(int(fold.max()) + 1))):
+    if not np.isin(fold, np.arange(-1, len(fold))).all() or not np.isin(np.arange(fold.max() + 1), fold).all():  # a gap
         raise InputError(f"{path}: the column fold is damaged; delete the file and run train.py again")
     if by and "by" in table.columns and table["by"][0] != by:
         raise InputError(f"{path} was drawn with --fold-by {table['by'][0]}, not {by}; give the same, or another --output")
@@ -369,7 +369,7 @@ def decode_image(data, name):
         if data[:2].tobytes() != b"\xff\xd8":  # no JPEG: it may have an alpha channel
             raw = cv2.imdecode(data, cv2.IMREAD_UNCHANGED) if raw is None else raw
             if raw is not None and raw.ndim == 3 and raw.shape[2] == 4:
-                if data[:4].tobytes() in (b"\x89PNG", b"RIFF"):  # whose colours only OpenCV turns
+                if data[:4].tobytes() in (b"\x89PNG", b"RIFF"):  # OpenCV has turned `image` upright, but not `raw`
                     raw = upright(raw, data, name)
                 for part in np.array_split(np.arange(len(image)), -(-image.size // 2**22)):  # float32 of a large one is GiBs
                     rows = slice(part[0], part[-1] + 1)
@@ -425,7 +425,8 @@ def resize(image, size, how="squash"):
     image = cv2.resize(image, (to[1], to[0]), interpolation=cv2.INTER_AREA if shrink else cv2.INTER_LINEAR)
     if to == (size, size):
         return image
-    (top, left), (bottom, right) = ([(size - side) // 2 for side in to], [-((side - size) // 2) for side in to])
+    top, left = ((size - side) // 2 for side in to)
+    bottom, right = size - to[0] - top, size - to[1] - left
     return cv2.copyMakeBorder(image, top, bottom, left, right, cv2.BORDER_CONSTANT)
 
 
@@ -494,7 +495,7 @@ class Cache:
         rows = 1 + max((row for row, *_ in known.values()), default=-1)
         if not data.exists() or data.stat().st_size < rows * image_bytes:
             known, rows = {}, 0
-        new = [file for file, stamp in stamps.items() if known.get(file, [-1])[1:] != stamp]
+        new = [file for file, stamp in stamps.items() if file not in known or known[file][1:] != stamp]
         need, room = len(new) * image_bytes, shutil.disk_usage(self.place).free / 2
         if self.most is not None:
             room = self.most * 1e9 - sum(f.stat().st_size for f in self.place.glob("*.u8") if f != data) - rows * image_bytes
@@ -505,7 +506,7 @@ class Cache:
         elif new:
             print(f"decoding {said}, once, into {where} (--no-cache: in every pass)", flush=True)
             self.decode(new, stamps, known, rows, size, how)
-        return {file: known[file][0] for file, stamp in stamps.items() if known.get(file, [-1])[1:] == stamp}
+        return {file: known[file][0] for file, stamp in stamps.items() if file in known and known[file][1:] == stamp}
 
     def decode(self, new, stamps, known, rows, size, how):
         """Decode the new files behind the `rows` that are there, and name them in `known`, on disk every half a minute."""
@@ -564,7 +565,8 @@ def find_bad(folder, names, full=False):
                         return f"more than {MAX_PIXELS // 10**6} megapixels"
         except FileNotFoundError:
             twins = [Path(unicodedata.normalize(form, str(path))) for form in ("NFC", "NFD")]
-            return "not there" + ", but under a name that looks the same (NFC, NFD): rename it" * any(p.exists() for p in twins)
+            alike = ", but under a name that looks the same (NFC, NFD): rename it"
+            return "not there" + (alike if any(p.exists() for p in twins) else "")
         except NoHeic:
             return "HEIC: pip install pi-heif"
         except Exception:  # Pillow raises all kinds for a damaged header
@@ -617,7 +619,8 @@ def check_inputs(args, full=False):
 
 
 def augmentation_flags(parser):
-    """The flags of the augmentation; the recipe's six are on, those against shift are off."""
+    """The flags of `augmentation`. The recipe has flip, jpeg, shift, zoom, rotate and cutout; the others, off, are against a
+    shift. To add one: a flag here, its step in `augmentation`, its name in README's table; see also train.NOT_RECORDED."""
     add = parser.add_argument
     add("--flip", type="share", default=0.5, help="probability of a horizontal flip (default 0.5)")
     add("--jpeg", type=within("[0, 100]", int), default=99, help="lowest JPEG quality, up to 100; 0 = off (default 99)")
@@ -638,14 +641,15 @@ def augmentation_flags(parser):
 
 
 class ByOpenCV:
-    """A random transform of torchvision, which draws the parameters, while OpenCV makes the pixels: a third of the time."""
+    """A random transform of torchvision in a third of its time: torchvision draws the parameters, and OpenCV, in the method
+    `make` of a subclass, computes the pixels [H, W, 3] from them."""
 
     def __init__(self, transform):
         self.transform = transform
 
     def __call__(self, image):
-        pixels = self.make(np.ascontiguousarray(image.permute(1, 2, 0).numpy()), **self.transform.make_params([image]))
-        return torch.from_numpy(pixels).permute(2, 0, 1)
+        pixels, drawn = np.ascontiguousarray(image.permute(1, 2, 0).numpy()), self.transform.make_params([image])
+        return torch.from_numpy(self.make(pixels, **drawn)).permute(2, 0, 1)
 
 
 class Affine(ByOpenCV):
@@ -682,32 +686,33 @@ def augmentation(args):
     if args.grey:
         steps.append(v2.RandomGrayscale(args.grey))
     if args.blur:
-        widest = args.size / 50
-        steps.append(v2.RandomApply([v2.GaussianBlur(2 * round(2 * widest) + 1, (widest / 10, widest))], args.blur))
+        sigma = args.size / 50  # the largest; the kernel reaches 2 sigma to each side
+        steps.append(v2.RandomApply([v2.GaussianBlur(2 * round(2 * sigma) + 1, (sigma / 10, sigma))], args.blur))
     if args.jpeg:
         steps.append(Jpeg(v2.JPEG((args.jpeg, 100))))
     if args.affine_p:
         affine = v2.RandomAffine(args.rotate, (args.shift, args.shift), (1 - args.zoom, 1 + args.zoom))
         steps.append(v2.RandomApply([Affine(affine)], args.affine_p))
     if args.cutout and args.cutout_p:
-        area = min(args.cutout, 1 - 1 / args.size) ** 2  # the transform leaves out a square as large as the image
+        area = min(args.cutout, 1 - 1 / args.size) ** 2  # RandomErasing does nothing where the square is the whole image
         steps.append(v2.RandomErasing(args.cutout_p, (area, area), (1, 1), value=0))
     return v2.Compose(steps)
 
 
 def mix_batch(batch, labels, mixup, cutmix):
-    """Mix a batch [B, 3, H, W] with itself in another order. Returns (batch, the labels of the other order, share of an
-    image's own label). Sources: mixup, Zhang et al., ICLR 2018; CutMix, Yun et al., ICCV 2019."""
-    order, share = torch.randperm(len(batch)).to(batch.device), np.random.beta(mixup or cutmix, mixup or cutmix)
+    """Mix each image of a batch [B, 3, H, W] with another of it. Returns (batch, the other images' labels, share of the own
+    label). Sources: mixup, Zhang et al., ICLR 2018; CutMix, Yun et al., ICCV 2019."""
+    order, strength = torch.randperm(len(batch)).to(batch.device), mixup or cutmix
+    share = np.random.beta(strength, strength)
     if mixup:
         return batch.float().lerp(batch[order].float(), 1 - share).round().to(batch.dtype), labels[order], share
-    (height, width), part = batch.shape[2:], (1 - share) ** 0.5
+    (height, width), side = batch.shape[2:], (1 - share) ** 0.5  # side of the box, a share of the image's
     y, x = np.random.randint(height), np.random.randint(width)
-    rows = slice(max(0, round(y - part * height / 2)), round(y + part * height / 2))
-    columns = slice(max(0, round(x - part * width / 2)), round(x + part * width / 2))
-    batch[..., rows, columns] = batch[order][..., rows, columns]  # the right side is a copy
-    shown = batch[0, 0, rows, columns].numel() / (height * width)
-    return batch, labels[order], 1 - shown
+    rows = slice(max(0, round(y - side * height / 2)), round(y + side * height / 2))
+    columns = slice(max(0, round(x - side * width / 2)), round(x + side * width / 2))
+    batch[..., rows, columns] = batch[order][..., rows, columns]  # batch[order] is a copy
+    pasted = batch[0, 0, rows, columns].numel() / (height * width)  # less at the border, where the box is cut off
+    return batch, labels[order], 1 - pasted
 
 
 # -------------------------------------------------------------------------------------------------------------- loaders
@@ -725,13 +730,13 @@ class Images(Dataset):
         self.resized_to(size)
 
     def resized_to(self, size):
-        self.size, self.cache_rows = size, np.full(len(self.names), -1)
+        self.size, self.cache_rows = size, np.full(len(self.names), -1)  # -1: not in the cache
         if self.cache:
             self.cache_rows = self.cache.rows(self.folder, self.names, size, self.how)
             if rows := int(self.cache_rows.max(initial=-1)) + 1:
                 path = self.cache.path(size, self.how)
                 self.stored = path, path.stat().st_ino, rows, size
-                open_cache(*self.stored)  # now: a file that is gone leaves its inode to the next
+                open_cache(*self.stored)  # held open from now on, so that no other file gets its inode number
 
     def __len__(self):
         return len(self.names)
@@ -754,8 +759,8 @@ class Images(Dataset):
         if stored is None:
             return None
         record, (file,) = np.array(stored[self.cache_rows[row]]), self.cache.files(self.folder, [self.names[row]])
-        whole = image_crc(file, record[:-4]) == int.from_bytes(record[-4:].tobytes(), "little")
-        return record[:-4].reshape(self.size, self.size, 3) if whole else None
+        pixels, crc = record[:-4], int.from_bytes(record[-4:].tobytes(), "little")
+        return pixels.reshape(self.size, self.size, 3) if image_crc(file, pixels) == crc else None
 
     def decoded(self, row):
         """uint8 [size, size, 3], from the cache or else from the file."""
@@ -774,19 +779,19 @@ class Images(Dataset):
 
 
 class EpochSampler(Sampler):
-    """Batches of items (epoch, row), all rows once in an order that is a function of (seed, epoch), a last short batch dropped.
-    A batch is computed in `parts` (--grad-accum) of two images or more; .sizes: how many images of each are this process's
-    (torchrun). Set .epoch before each pass."""
+    """Batches of items (epoch, row): every row once, in an order drawn from (seed, epoch), less a last short batch. Set .epoch
+    before each pass. A batch is computed in `parts` (--grad-accum) of at least two images. Under torchrun each process has its
+    share of each part: .sizes [parts], and .mine, their places in the batch."""
 
     def __init__(self, rows, seed, batch_size, parts=1):
         if rows < 2:
             raise InputError("this run has one image to train on, and batch norm wants two; give it more, or other folds")
         self.rows, self.seed, self.epoch, self.batch_size = rows, seed, 0, min(batch_size, rows)
-        whole = torch.arange(self.batch_size).tensor_split(max(1, min(parts, self.batch_size // 2)))  # batch norm wants two
-        if (ranks := rank_and_world()[1]) > min(map(len, whole)):
-            raise InputError(f"{ranks} processes cannot share {min(map(len, whole))} images, a batch or its part: start fewer, "
+        places = torch.arange(self.batch_size).tensor_split(max(1, min(parts, self.batch_size // 2)))  # batch norm wants two
+        if (ranks := rank_and_world()[1]) > (least := min(map(len, places))):
+            raise InputError(f"{ranks} processes cannot share {least} images, a batch or its part: start fewer, "
                              "or give a larger --batch-size or a smaller --grad-accum")
-        mine = [part[my_rows(len(part))] for part in whole]
+        mine = [part[my_rows(len(part))] for part in places]
         self.sizes, self.mine = list(map(len, mine)), torch.cat(mine).numpy()
 
     def __len__(self):
@@ -839,11 +844,12 @@ def _collate(items):
 
 
 def make_loader(images, batches, workers, device, collate=_collate):
-    """Batches (uint8 [B, 3, H, W], int64 [B]): of so many images, in order, or those of an EpochSampler. The loader has a
-    random generator of its own: it draws from it when its workers start, in the first epoch and after a resume."""
+    """Loader of batches (uint8 [B, 3, H, W], int64 [B]). batches: an EpochSampler, or a batch size for the images in order. Its
+    random generator is its own, since starting workers, in the first epoch and after a resume, draws from it."""
     ordered = isinstance(batches, int)
+    by = {"batch_size": batches} if ordered else {"batch_sampler": batches}
     if workers:
         hand_back_memory()
-    return DataLoader(images, **{"batch_size" if ordered else "batch_sampler": batches}, num_workers=workers,
-                      worker_init_fn=_start_worker, collate_fn=collate, generator=torch.Generator(),
-                      pin_memory=device.type == "cuda", persistent_workers=workers > 0 and not ordered)
+    return DataLoader(images, **by, num_workers=workers, worker_init_fn=_start_worker, collate_fn=collate,
+                      generator=torch.Generator(), pin_memory=device.type == "cuda",
+                      persistent_workers=workers > 0 and not ordered)

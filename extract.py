@@ -119,7 +119,7 @@ def is_finished(folder):
 
 def finished_runs(output, arch=None, fold=None):
     """Folders of the finished runs below `output`, sorted by name; of one arch or fold if given."""
-    folders = sorted(Path(output).glob("*/fold*"), key=lambda f: (f.parent.name, len(f.name), f.name))
+    folders = sorted(Path(output).glob("*/fold*"), key=lambda f: (f.parent.name, len(f.name), f.name))  # fold10 after fold9
     wanted = None if arch is None else run_folder(output, arch, 0).parent.name
     runs = [f for f in folders if (wanted is None or f.parent.name == wanted) and (fold is None or f.name == f"fold{fold}")
             and is_finished(f)]
@@ -148,14 +148,14 @@ def my_share(images, batch_size):
     return images.part(my_rows(len(images), batch_size))
 
 
-# embed_one_size < embed_models < embed_model, embed_as_extracted < embed_files: each calls the one before it.
+# embed_files calls embed_as_extracted; that and embed_model call embed_models; that calls embed_one_size.
 
 
 @torch.inference_mode()
 def embed_one_size(models, images, device, precision, batch_size, workers, what, stores=None, width=EMBEDDING):
-    """embed_models at one size: a list of arrays. A batch that does not fit the GPU is halved, from there on. Embeddings stay
-    on the device until they are saved: to fetch them makes the CPU wait for the GPU. A resumed pass has the batches of an
-    undisturbed one."""
+    """embed_models at one size: a list of arrays. If a batch does not fit the GPU, it and all that follow are halved.
+    Embeddings stay on the device until they are saved, every SAVE seconds: fetching them makes the CPU wait for the GPU. A
+    resumed pass has the batches of an undisturbed one."""
     stores = stores or [Store() for _ in models]
     results, begun = zip(*(store.open(embedding=(np.float32, (len(images), width))) for store in stores), strict=True)
     done = min(begun)
@@ -171,7 +171,7 @@ def embed_one_size(models, images, device, precision, batch_size, workers, what,
                 part = batch[at:at + batch_size]
                 try:
                     pair = torch.cat([part, part.flip(-1)])
-                    with autocast(device, precision):  # .forward: a model that is compiled is so for its training
+                    with autocast(device, precision):  # .forward: by model() train.py's --compile would compile this, too
                         both = torch.cat([model.forward(pair) for model in models], 1)
                 except RuntimeError as error:
                     if batch_size == 1 or not any(said in f"{type(error)} {error}" for said in NO_MEMORY):
@@ -194,16 +194,16 @@ def embed_one_size(models, images, device, precision, batch_size, workers, what,
 
 def embed_models(models, images, device, precision="fp32", batch_size=64, workers=0, what="embedding", sizes=None,
                  stores=lambda size: None, width=EMBEDDING):
-    """Flip-averaged embeddings of a dataset.Images in its order by several models in one pass, each batch decoded and copied
-    once: an iterator over float32 [N, width], one a model, not normalised, unchecked, averaged over the image `sizes` (default
-    that of `images`). The models are left in eval mode. stores: function of a size -> a Store for each model, from which an
-    interrupted pass goes on."""
+    """Embeddings of a dataset.Images by several models in one pass, each batch decoded and copied once: an iterator, for each
+    model float32 [N, width] in the images' order, averaged over the image and its mirror image and over `sizes` (default: the
+    images' own); not normalised, not checked. Leaves the models in eval mode. stores: function of a size -> a Store for each
+    model, from which an interrupted pass goes on."""
     keep_freed_memory()
     for model in models:
         model.eval()
     passes = [embed_one_size(models, images.at(size), device, precision, batch_size, workers, what, stores(size), width)
               for size in sizes or [images.size]]
-    return (sum(parts) / len(parts) if len(parts) > 1 else parts[0] for parts in zip(*passes, strict=True))
+    return (of_sizes[0] if len(of_sizes) == 1 else sum(of_sizes) / len(of_sizes) for of_sizes in zip(*passes, strict=True))
 
 
 def embed_model(model, images, device, precision="fp32", batch_size=64, workers=0, what="embedding", sizes=None,
@@ -230,16 +230,17 @@ def load_model(folder, stamp, device):
 
 
 def embed_as_extracted(runs, output, make, device, workers, batch_size=0):
-    """{name of the run: embeddings [n, 512]} of the images that make(size, resize) returns, by extracted runs below `output` as
-    they embedded their galleries, each image decoded once for all runs that take it alike. A run: its "name", its extract.json
-    as "stamp"."""
-    alike, found = {}, {}
+    """{name of the run: embeddings [n, 512]} of other images, the Images that make(size, resize) returns, by the extracted
+    `runs` (dicts of retrieve.load_runs) below `output`, just as they embedded their galleries. Runs that are alike share a
+    pass."""
+    groups, found = {}, {}
     for r in runs:
-        alike.setdefault(json.dumps(alike_by(r["stamp"])), []).append(r)
-    for some in alike.values():
+        groups.setdefault(json.dumps(alike_by(r["stamp"])), []).append(r)
+    for some in groups.values():
         sizes, resize, precision = alike_by(some[0]["stamp"])
         models = [fuse_batch_norm(load_model(Path(output) / r["name"], r["stamp"], device), sizes[0]) for r in some]
-        images, what = make(sizes[0], resize), some[0]["name"] if len(some) == 1 else f"{len(some)} runs in one pass"
+        images = make(sizes[0], resize)
+        what = some[0]["name"] if len(some) == 1 else f"{len(some)} runs in one pass"
         joint = embed_models(models, images, device, pick_precision(precision, device), batch_size or pick_batch_size(device),
                              workers, what, sizes)
         found |= {r["name"]: check_embeddings(part, images, f"{r['name']}: ") for r, part in zip(some, joint, strict=True)}
@@ -290,9 +291,10 @@ def import_weights(args, folder, train):
     if part == "all" and said.startswith("checkpoint") and not plain and "args" in load_checkpoint(args.weights):
         raise InputError(f"--weights {args.weights} is a run of this project, whose arguments count, too; copy its folder to "
                          f"{args.output}/<arch>/fold<k> instead")
-    # Where labels are numbers it sorted them as such, and here they are text.
+    # Its head has numeric labels in the order of the numbers; here labels are text, and "10" comes before "2".
     if said.startswith("the original solution's") and part == "all" and all(label.isdecimal() for label in classes):
-        model.head.weight.data = model.head.weight.data[np.argsort(np.argsort([int(label) for label in classes]))]
+        rank = np.argsort(np.argsort([int(label) for label in classes]))  # of each class among the numbers
+        model.head.weight.data = model.head.weight.data[rank]
     print(said)
     save_json(folder / "args.json", stamp)
     save_checkpoint(folder / "best.pt", {"model": model.state_dict(), "classes": classes, "args": stamp, "epoch": 0,
@@ -323,8 +325,9 @@ def up_to_date(folder, stamp, names):
 
 
 def load_job(folder, args, about, classes, names, device):
-    """{folder, model, stamp, imported} of a run, the stamp as its embeddings will have it; None where those on disk have it.
-    about: what of the stamp is the same for all runs; names: the files they are in."""
+    """What extract_jointly needs of a run, {folder, model, stamp, imported}; None if its embeddings on disk are up to date.
+    stamp: all that the embeddings depend on, the later extract.json; about: its part that is the same for all runs; names: the
+    files of the embeddings."""
     recorded = load_json(folder / "args.json", precision=str, size=int)
     precision = args.precision or recorded.get("embed_precision", recorded["precision"])
     stamp = about | {"checkpoint": file_fingerprint(folder / "best.pt"), "fold": recorded.get("fold"),
@@ -344,7 +347,7 @@ def load_job(folder, args, about, classes, names, device):
     if args.gem_p:
         model.pool.p.data.fill_(args.gem_p)
     head = "softmax" if isinstance(model.head, Softmax) else "arcface" if checkpoint["head_fits"] else None
-    # Only recorded: up_to_date has compared the stamp. A new key above makes every extract.json stale, one here does not.
+    # Only recorded, for other scripts: up_to_date has compared the stamp above, where a new key makes every extract.json stale.
     stamp |= {"resize": recorded["resize"], "classes": len(classes), "head": head,
               "centres": getattr(model.head, "centres", 1), "held_out": checkpoint.get("held_out")}
     return {"folder": folder, "model": model, "stamp": stamp, "imported": recorded["epochs"] == 0}
@@ -375,11 +378,11 @@ def extract(folders, args, train, test, device, cache):
                     failed.append(error.with_traceback(None))
                     continue
                 if job:
-                    begun = on_first((folder / ".extract").exists)  # a joint pass goes on from the least of its runs' rows
+                    begun = on_first((folder / ".extract").exists)  # apart: a pass starts at the fewest rows that a run has
                     passes.setdefault(json.dumps([alike_by(job["stamp"]), begun]), []).append(job)
-                    locks.push(held.pop_all())  # until all passes are done
-        for kind in list(passes):  # pop: its models are freed after it
-            failed += extract_jointly(passes.pop(kind), args, rows, labels, names, device, cache)
+                    locks.push(held.pop_all())  # the folder stays locked until all passes are done
+        for kind in list(passes):
+            failed += extract_jointly(passes.pop(kind), args, rows, labels, names, device, cache)  # pop frees its models
     if failed:
         raise InputError("\n".join(map(str, failed)))
 
@@ -409,8 +412,9 @@ def extract_jointly(jobs, args, rows, labels, names, device, cache):
         def stores(size, jobs=jobs, split=split):
             return [Store(job["folder"] / ".extract" / f"{split}{rank_and_world()[0]}" / str(size), job["key"]) for job in jobs]
 
-        good, joint = [], embed_models(models, my_share(images, batch_size), device, precision, batch_size, args.workers,
-                                       f"{what}, {split}", sizes, stores)
+        good = []
+        joint = embed_models(models, my_share(images, batch_size), device, precision, batch_size, args.workers,
+                             f"{what}, {split}", sizes, stores)
         for job, embedded in zip(jobs, map(gather, joint), strict=True):
             folder, stamp = job["folder"], job["stamp"]
             try:

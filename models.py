@@ -51,8 +51,8 @@ def add_margin(cosine, margin):
 
 
 class ArcFace(nn.Module):
-    """Logits s * cos(embedding, class centre) [B, C], float32; with labels [B], the true class has the margin. With `centres`
-    a class, the nearest counts: rows c * centres .. of the weight are those of class c.
+    """Logits s * cos(embedding, class centre) [B, C], float32; given labels [B], with the margin on the true class. A class may
+    have several `centres`, `centres` rows of the weight one after the other; its nearest counts.
     Source: sub-centres, Deng et al., Sub-center ArcFace, ECCV 2020, section 3.2."""
 
     def __init__(self, features, classes, scale=45.0, margin=0.4, centres=1):
@@ -181,8 +181,9 @@ def freeze(backbone, groups):
     if groups >= len(names):
         raise InputError(f"--freeze {groups}: this backbone has {len(names)} layer groups, and one at least must learn; "
                          f"give 0 .. {len(names) - 1}")
-    for name in (name for group in range(groups) for name in names[group]):
-        backbone.get_submodule(name).eval().requires_grad_(False)
+    for group in range(groups):
+        for name in names[group]:
+            backbone.get_submodule(name).eval().requires_grad_(False)
     for parameter in backbone.parameters(recurse=False):  # a vision transformer's class token and positions belong to its stem
         parameter.requires_grad_(False)
 
@@ -263,12 +264,12 @@ def load_file(model, path):
     if target is model and getattr(state.get("head.weight"), "shape", None) != model.head.weight.shape:
         state["head.weight"] = model.head.weight.data  # a new one
         kind, part = f"{kind}, its head left out (of other classes or sub-centres)", "body"
-    have, want = ({name: tuple(tensor.shape) for name, tensor in of.items()} for of in (target.state_dict(), state))
-    odd = sorted(name for name in have.keys() | want.keys() if have.get(name) != want.get(name))
+    here, there = ({name: tuple(tensor.shape) for name, tensor in of.items()} for of in (target.state_dict(), state))
+    odd = sorted(name for name in here.keys() | there.keys() if here.get(name) != there.get(name))
     if odd:
         name = odd[0]
         raise InputError(f"--weights {path} does not fit this network: {len(odd)} tensors differ, the first {name} "
-                         f"({want.get(name, 'missing')} in the file, {have.get(name, 'none')} here); is --arch right?")
+                         f"({there.get(name, 'missing')} in the file, {here.get(name, 'none')} here); is --arch right?")
     bad = next((name for name, tensor in state.items() if not tensor.isfinite().all()), None)
     if bad:
         raise InputError(f"--weights {path}: {bad} is NaN or infinite; the training that wrote it had failed")
@@ -311,9 +312,10 @@ class QuickDepthwise(TorchFunctionMode):
     tf_efficientnet_lite2 on a Xeon with AMX."""
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
-        if function is F.conv2d and len(args) == 7:
+        if function is F.conv2d and len(args) == 7:  # as nn.Conv2d calls it
             x, weight, bias, stride, padding, *_ = args
-            slow = weight.shape[1] == 1 < weight.shape[0] and (max(stride) > 1 or max(weight.shape[2:]) > 3)
+            depthwise = weight.shape[1] == 1 and weight.shape[0] > 1
+            slow = depthwise and (max(stride) > 1 or max(weight.shape[2:]) > 3)
             if slow and bias is None and not isinstance(padding, str) and torch.is_grad_enabled():
                 return DepthwiseConv.apply(x, weight, *args[3:])
         return function(*args, **(kwargs or {}))
@@ -355,10 +357,10 @@ def join_batch_norm(model, device):
 
 @torch.no_grad()
 def fuse_batch_norm(model, size):
-    """A copy of a Model to embed with, whose convolutions carry the batch norms that take their outputs: the same embeddings
-    to rounding, sooner, since a batch norm is a pass over memory. Which takes whose is seen in a forward pass of an image of
-    side `size`. `model` itself where nothing can be fused, or where that changes the embeddings (a convolution whose output
-    goes elsewhere, too). Either way `model` is left in eval mode."""
+    """A faster copy of a Model to embed with: each batch norm is folded into the convolution whose output it takes, which saves
+    a pass over memory and changes embeddings by rounding only. Hooks find these pairs in a forward pass of an image of side
+    `size`. Returns `model` itself where there are no pairs, or where the embeddings change (a convolution whose output goes
+    elsewhere, too). `model` is left in eval mode."""
     device, folded = model.mean.device, copy.deepcopy(model.eval())
     images = torch.randint(256, (1, 3, size, size), dtype=torch.uint8, generator=torch.Generator().manual_seed(0)).to(device)
     outputs, pairs, hooks = [], [], []

@@ -112,10 +112,9 @@ def reject_flag(parser):
 def load_runs(output, names, train, test):
     """The runs' embeddings and heads, refused where they are of other rows or of another checkpoint, or not as written.
 
-    A run is a dict. name: ARCH/foldK; arch; fold: number of the fold it held out, as text (as in the keys of `strangers` and
-    nearest_by_fold; by_fold has it as a number), or None; stamp: its extract.json;
-    train, test: embeddings [N, 512], [n, 512] or None; head: class centres [C x centres, 512], of the kind 'arcface', 'softmax'
-    or None where it does not fit the classes."""
+    A run is a dict. name: ARCH/foldK; arch; fold: the fold it held out, a number as text, or None; stamp: its extract.json;
+    train, test: embeddings [N, 512], [n, 512] or None; head: class centres [C x centres, 512]; kind: of the head, 'arcface',
+    'softmax', or None where it does not fit the classes."""
     folders = dict.fromkeys(Path(output) / name for name in names) if names else finished_runs(output)
     fold = load_folds(output, train) if (Path(output) / "folds.csv").exists() else None
     wanted = {"train": ("train.csv", train_fingerprint(train))}
@@ -204,6 +203,7 @@ def grow(runs, output, train):
     number = np.arange(len(train), len(train) + len(added["path"]))
     new = pd.DataFrame({"path": added["path"], "label": added["label"]}, number, dtype=object)
     gallery = pd.concat([train.loc[kept, ["path", "label"]], new])
+    # {run: (the gallery_key by which it embedded the added images, their embeddings)}
     embeddings = {name: rows for name, *rows in zip(added["runs"], added["stamps"], added["embeddings"], strict=True)}
     if gallery["label"].nunique() < 2:
         raise InputError(f"{file} leaves fewer than two labels in the gallery; delete it and add the products again")
@@ -249,9 +249,12 @@ def mean_heads(runs, split, rows=None):
     """Function of a slice -> mean head scores of the runs [n, C]; None when a run has no head for these classes."""
     if any(r["kind"] is None for r in runs):
         return None
-    pick = (lambda part: part) if rows is None else (lambda part: rows[part])
-    return lambda part: torch.stack([head_scores(r[split][pick(part)], r["head"], r["kind"], r["stamp"]["centres"])
-                                     for r in runs]).mean(0)
+
+    def mean(part):
+        which = part if rows is None else rows[part]
+        return torch.stack([head_scores(r[split][which], r["head"], r["kind"], r["stamp"]["centres"]) for r in runs]).mean(0)
+
+    return mean
 
 
 def label_test(runs, labels, classes, args, wanted, device, store=None):
@@ -274,8 +277,8 @@ def label_oof(runs, fold, labels, classes, args, wanted, device):
 
 
 def nearest_classes(queries, gallery, numbers, count, args, device):
-    """Class numbers [n, count] of each query's nearest classes, by their nearest rows; numbers [m] are the gallery's. -1 where
-    it has no more. The search goes as deep as it must."""
+    """Class numbers [n, count] of each query's nearest classes, by their nearest rows; -1 where the gallery has no more.
+    numbers [m]: the gallery's class numbers. Queries with too few classes among their k neighbours are searched more deeply."""
     result, todo, k = np.full((len(queries), count), -1), np.arange(len(queries)), 100
     there = min(count, len(np.unique(numbers)))
     while len(todo):
@@ -307,10 +310,10 @@ def score(predicted, truth):
 
 # ------------------------------------------------------------------------------------------- what is not in the gallery
 
-# --reject: `strangers` knows how near to the gallery photographs of none of its products come, from held-out images whose
-# product is taken out of it. The `strangeness` of a photograph is the share of them that are at least as near as it. Above the
-# rate it is UNKNOWN; or, where leave_out.py has measured the strangeness of products that no run trained on, if its rank among
-# these is.
+# --reject. `strangers`: how near the gallery a photograph comes whose product is not in it, measured on held-out images whose
+# product is taken out. `strangeness` of a photograph: the share of these strangers that come at least as near. It is UNKNOWN if
+# that is above the rate. The runs have trained on the strangers' products, and tell them apart better than new ones; so, where
+# leave_out.py has measured the strangeness of products that no run trained on, `calibrated`, the rank among these, counts.
 
 
 def nearest_stranger(arrays, rows, gallery, own, labels, device):
@@ -327,7 +330,7 @@ def nearest_stranger(arrays, rows, gallery, own, labels, device):
 
 
 def strangers(runs, grown, fold, own, numbers, output, device):
-    """What photographs of products that are not in the gallery look like to each fold's runs: {fold: similarities to the
+    """How near photographs of products come that are not in the gallery, by each fold's runs: {fold: similarities to the
     nearest gallery image, ascending}, of the images that these runs held out, each with its product taken out of the gallery.
 
     own [N], numbers [m]: class numbers of train.csv's rows and of the gallery's. Kept in output/strangers.npz, since
@@ -353,9 +356,8 @@ def nearest_by_fold(runs, device):
 
 
 def strangeness(near, found):
-    """p-value [n] of "none of the products", high where a photograph is strange: the share of the `strangers` found that are at
-    least as similar to the gallery as it, those of each fold beside its similarity by that fold's runs. near: see
-    nearest_by_fold.
+    """p-value [n] of "none of the products", high where a photograph is strange: the share of the strangers of all folds
+    (`found` by `strangers`) that are at least as similar to the gallery as it, by their fold's runs. near: nearest_by_fold's.
     Sources: the nearest similarity, Sun et al., Out-of-distribution detection with deep nearest neighbors, ICML 2022; the ranks
     over folds, Vovk, Cross-conformal predictors, Annals of Mathematics and Artificial Intelligence 2015."""
     count = 1 + sum(len(others) - np.searchsorted(others, near[k]) for k, others in found.items())
@@ -383,9 +385,8 @@ def left_out(output, train):
 
 
 def calibrated(strange, unseen):
-    """The strangeness [n] of photographs made true for products that no run trained on: its rank among the strangeness `unseen`
-    of photographs of such products. As it is it is too low, for the runs trained on the `strangers`' products and keep them
-    apart."""
+    """The rank [n] of each photograph's strangeness among `unseen`, that of photographs of products that no run trained on: the
+    p-value for really new products, where `strangeness` is too low, since the runs trained on the strangers' products."""
     return (1 + np.searchsorted(np.sort(unseen), strange, "right")) / (1 + len(unseen))
 
 
@@ -418,15 +419,16 @@ def rejecter(runs, grown, train, classes, numbers, args, device):
 
 
 def score_oof(args, runs, grown, train, labels, classes, vote, device):
-    """Score the votes out-of-fold and write oof.csv: (the vote, by --vote auto the best where folds see a shift; {vote:
-    accuracy})."""
-    fold, choose = load_folds(args.output, train), args.vote == "auto" and folds_by(args.output) != "random"
+    """Score the votes out-of-fold and write oof.csv. Returns (vote, {vote: accuracy}): the given vote, or with --vote auto the
+    best, but where folds were drawn at random, which do not see a shift."""
+    fold = load_folds(args.output, train)
+    choose = args.vote == "auto" and folds_by(args.output) != "random"
     wanted = fitting(runs, VOTES if choose else [*DEFAULT_VOTES, vote])
     predicted = label_oof(runs, fold, labels, len(classes), args, wanted, device)
     scores = score(predicted, labels)
     if choose and scores:
-        vote = max(["nearest", *fitting(grown, wanted)], key=scores.get)  # of equal ones the first
-        vote = on_first(lambda: vote)  # another processor may round otherwise
+        vote = max(["nearest", *fitting(grown, wanted)], key=scores.get)  # of equally good ones the first
+        vote = on_first(lambda: vote)  # the same in all processes, whose processors may round differently
     if is_first():
         names = np.array([*classes, ""], object)  # the last, -1: no run held the image out
         save_csv(Path(args.output) / "oof.csv", train[["path", "label"]].assign(fold=fold, prediction=names[predicted[vote]]))
@@ -462,10 +464,10 @@ def write_test(args, test, good, truth, gallery, classes, numbers, vote, predict
     prediction = np.where(strange, UNKNOWN, names[predicted[vote]])
     save_csv(output / "submission.csv", test.assign(prediction=prediction))
     if args.top:
-        top = [[*dict.fromkeys([own, *others]), *[""] * args.top][:args.top]  # the submission's label comes first
-               for own, others in zip(prediction, names[with_bad(test, good, top, -1)], strict=True)]
+        likeliest = np.column_stack([prediction, names[with_bad(test, good, top, -1)]])  # the submission's label comes first
+        rows = [[*dict.fromkeys(row), *[""] * args.top][:args.top] for row in likeliest]  # none twice
         columns = [f"label{i + 1}" for i in range(args.top)]
-        save_csv(output / "top.csv", test[["filename"]].join(pd.DataFrame(top, test.index, columns)))
+        save_csv(output / "top.csv", test[["filename"]].join(pd.DataFrame(rows, test.index, columns)))
     scores = {"submission": file_fingerprint(output / "submission.csv")}
     if truth is not None:
         true = number_of(truth, classes)
@@ -485,7 +487,8 @@ def retrieve(args, device, train, good):
     first = is_first()
     runs = load_runs(args.output, args.runs, train, good)
     grown, gallery = grow(runs, args.output, train)
-    # Two views, the same where nothing was added or removed: runs, train, labels out-of-fold; grown, gallery, numbers for test.
+    # Out-of-fold scores are of train.csv: runs, train, train_classes, labels. Test images are labelled by the gallery, which
+    # scripts/add_products.py may have changed: grown, gallery, classes, numbers. (labels, numbers: class numbers of the rows.)
     (train_classes, labels), (classes, numbers) = encode(train["label"]), encode(gallery["label"])
     vote = "nearest" if args.vote == "auto" else args.vote
     if not fitting(grown, [vote]):

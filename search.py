@@ -22,8 +22,8 @@ import torch.nn.functional as F
 
 NONE = torch.iinfo(torch.int64).max  # index of a place not filled
 SCREENS = {"int8": torch.int8, "bf16": torch.bfloat16, "fp32": torch.float32}  # each falls back to the next
-TILE, GROUP = 2048, 32  # gallery rows a product; neighbouring rows whose best is looked at before they are
-QUERIES = 1024  # queries in a product
+TILE, QUERIES = 2048, 1024  # gallery rows and queries in one product
+GROUP = 32  # neighbouring gallery rows: only where the best of a group is near enough are its rows looked at one by one
 PAIRS = 1 << 22  # numbers held at a time while pairs are picked out and scored
 
 
@@ -49,6 +49,7 @@ class Joined:
         if len(bad := (~torch.isfinite(norm).all(1)).nonzero()):
             bad = np.arange(len(self))[part][int(bad[0])]
             raise InputError(f"row {bad} of the {what} is NaN or infinite; extract it again")
+        # Each run's share to length 1 / sqrt(number of runs), zero shares not counted: so the whole row has length 1.
         factor = torch.where(norm > 0, 1 / (norm * (norm > 0).sum(1, keepdim=True).sqrt()), 0.0)
         unit = torch.empty(len(factor), self.shape[1])
         for share, f, to in zip(shares, factor.T, unit.split([a.shape[1] for a in self.arrays], 1), strict=True):
@@ -210,9 +211,9 @@ def candidates(query, gallery, k, worst, mask, limit):
     best = best.transpose(0, 1)
     enough = k <= best[0].numel()  # the k-th best of the groups is a lower bound of the k-th best of all
     kth = best.flatten(1).topk(k, sorted=False).values.amin(1).double() * unit if enough else -torch.inf * error
-    # Less its error, the k-th best product is a lower bound of the k-th best cosine; a row can only reach that, or the `worst`
-    # of before, if its own product is no more than its error below. (Codes may be longer than 1, and bfloat16 rounds numbers
-    # above it twice as coarsely.)
+    # A product is within `error` of its cosine. So the k-th best cosine is at least kth - error, and a row whose cosine reaches
+    # that, and the `worst` so far, has a product of at least this less `error`. (clamp: products of codes may exceed 1, where
+    # bfloat16 rounds twice as coarsely.)
     kth = kth.clamp(max=1) - error
     least = ((torch.maximum(kth, worst.double()) - error) / unit).float()
     least -= least.abs() * 1e-6  # this line's own rounding
@@ -221,12 +222,12 @@ def candidates(query, gallery, k, worst, mask, limit):
     hit[over] = False
     if len(query) > 1 and hit.sum() * group > PAIRS // 2:
         return None
-    i, t, g = hit.nonzero().T
+    i, t, column = hit.nonzero().T  # query, tile, group in the tile
     if group > 1:
-        column = g[:, None] * group + torch.arange(group, device=g.device)
-        h, o = (product[t[:, None], i[:, None], column] >= least[i][:, None]).nonzero().T
-        i, t, g = i[h], t[h], g[h] * group + o
-    j = t * gallery.tile + g
+        columns = column[:, None] * group + torch.arange(group, device=column.device)  # of all rows of the groups
+        which, place = (product[t[:, None], i[:, None], columns] >= least[i][:, None]).nonzero().T
+        i, t, column = i[which], t[which], columns[which, place]
+    j = t * gallery.tile + column
     real = (j < gallery.size) & ~over[i]
     if len(mask[0]):
         real &= ~torch.isin(i * gallery.size + j, mask[0] * gallery.size + mask[1])
@@ -259,7 +260,7 @@ def search_block(query, gallery, best, own, limit):
     count = torch.bincount(i, minlength=len(query))
     start = count.cumsum(0) - count
     rows = max(1, PAIRS // max(1, int(count.max())))  # queries at a time, so that PAIRS bounds the memory
-    for at in range(0, len(query), rows):
+    for at in range(0, len(query), rows):  # their pairs, one query after the other, become a table `near` [rows, most of one]
         part = slice(int(start[at]), int(start[at + rows]) if at + rows < len(query) else len(i))
         row = i[part] - at
         column = torch.arange(part.start, part.stop, device=i.device) - start[i[part]]
@@ -274,15 +275,17 @@ def search_block(query, gallery, best, own, limit):
 
 @functools.cache
 def int8_adds_up():
-    """Whether this CPU's int8 products are exact. Below VNNI (ONEDNN_MAX_CPU_ISA=AVX2) their sums of two end at 2^15."""
+    """Whether this CPU's int8 products are exact. Without VNNI (ONEDNN_MAX_CPU_ISA=AVX2) sums of two saturate at 2^15."""
     codes = torch.full((32, 64), 127, dtype=torch.int8)
     return bool((torch._int_mm(codes, codes.T) == 64 * 127**2).all())
 
 
 def pick_screen(name, device, work):
-    """'auto': what the device multiplies fastest; float32 where `work` (products of numbers) is too little to matter."""
+    """'auto': what the device multiplies fastest; float32 where `work` (multiplications) is too little to matter."""
+    if name == "int8" and device.type != "cuda" and not int8_adds_up():
+        return "bf16"
     if name != "auto":
-        return name if name != "int8" or device.type == "cuda" or int8_adds_up() else "bf16"
+        return name
     if device.type == "cuda":  # cards older than Ampere (T4, V100) have no bfloat16 units
         return "bf16" if pick_precision("auto", device) == "bf16" else "fp32"
     if work < 1e9 or not in_place(device):
@@ -296,6 +299,7 @@ def search(queries, gallery, k, exclude, device, screen, memory, first=0):
     mine, ranks = my_rows(len(gallery)), rank_and_world()[1]
     width, screens = gallery.shape[1], list(SCREENS)[list(SCREENS).index(screen):]
     row_bytes = {name: width * (SCREENS[name].itemsize + (0 if in_place(device) else 4)) + 16 for name in screens}
+    # Gallery rows in a part: the codes take up to 0.4 of the memory, their products with QUERIES queries up to 0.25.
     rows = {name: max(TILE, int(min(0.4 * memory / row_bytes[name], 0.25 * memory / (4 * QUERIES)))) for name in screens}
     whole = 0 < mine.stop - mine.start <= rows[screen]  # one part: its codes serve all chunks
     kept = Gallery(gallery, mine.start, mine.stop, screen, device) if whole else None
@@ -317,9 +321,9 @@ def search(queries, gallery, k, exclude, device, screen, memory, first=0):
 
 
 def search_chunk(queries, at, own, k, screens, parts, device):
-    """(similarity, index [q, k], how many of the `screens` were of no use) of q queries from number `at` on. own [q]: the row
-    that a query is not to match, or -1. parts: function of a screen's name -> the parts of the gallery. A query with too many
-    candidates is searched again in all parts by the next finer screen; the last, float32, keeps every one."""
+    """(similarity, index [q, k], how many of the `screens` to leave out from now on) of q queries from number `at` on. own [q]:
+    the gallery row a query must not match, or -1. parts: function of a screen's name -> the parts of the gallery. A query with
+    too many candidates is searched again in all parts by the next, finer screen; the last, float32, takes any number."""
     similarity = torch.full((len(own), k), -torch.inf, device=device)
     index, todo, useless = torch.full((len(own), k), NONE, device=device), torch.arange(len(own)), 0
     for name in screens:

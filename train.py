@@ -72,10 +72,10 @@ from extract import embed_model, is_finished, my_share, pick_batch_size, run_fol
 from models import Model, QuickDepthwise, class_weights, freeze, fuse_batch_norm, join_batch_norm, load_weights, loss_sum
 from search import topk
 
-# Free to change on a resume, and not recorded in args.json. Moving a flag in here makes best.pt's arguments differ from
-# args.json, and extract.py refuses such a run if it has not embedded it yet (load_job). All other flags are recorded. A new one
-# of those: a default other than None stops runs that have begun (record_arguments); it is no store_true, since leave_out.py
-# repeats it as --[no-]name; if Model takes it, models.build and extract.import_weights want it, too.
+# Flags that may change when a run goes on. All others are the recipe: recorded in args.json, and refused if they change. To add
+# one to the recipe: default None, or runs that have begun are refused (record_arguments); on/off as BooleanOptionalAction, for
+# leave_out.py passes --[no-]name; if Model takes it, also pass it in models.build and write it in extract.import_weights.
+# An old flag moved in here makes extract.py refuse runs that it has not embedded yet: best.pt still has it, args.json not.
 NOT_RECORDED = {"input", "output", "allow_outside", "workers", "device", "deterministic", "check", "skip_bad_images", "restart",
                 "eval_batch_size", "eval_every", "folds_only", "tensorboard", "cache", "cache_size", "cuda_graph", "compile"}
 EVENTS = "events.out.tfevents.log"  # TensorBoard knows its files by the middle of the name
@@ -104,8 +104,8 @@ def parse_args(argv=None):
         "head learn (default 0)")
     add("--freeze", type="whole", default=0, metavar="N", help="layer groups of the backbone that keep their pretrained "
         "weights: 1 the stem, 2 the first stage, too, ... Saves their backward pass (default 0)")
-    add("--ema", type="part", default=0.0, help="validate and keep a moving average of the weights that forgets 1 - x "
-        "a step, e.g. 0.99, but at the beginning, after n steps, n^(-2/3) if that is more; 0 = off (default 0)")
+    add("--ema", type="part", default=0.0, help="decay, e.g. 0.99, of a moving average of the weights, which is validated and "
+        "kept instead of them; at most 1 - n^(-2/3) after n steps; 0 = off (default 0)")
     add("--batch-size", type="count", default=32, help="images an optimiser step, of all processes together (default 32)")
     add("--grad-accum", type="count", default=1, help="parts a batch is computed in, to save memory (default 1)")
     add("--lr", type="amount", default=0.002, help="peak learning rate of the backbone (default 0.002)")
@@ -191,11 +191,12 @@ def lr_factor(epoch, epochs, warmup):
 def make_optimiser(model, args):
     """SGD, Nesterov. The pooling, neck and head learn at --head-lr-scale; no weight decay on GeM's p and PReLU."""
     model.pool.p.requires_grad_(args.train_gem)
-    new = [*model.neck[:2].parameters(), *model.head.parameters()]
-    bare = [*model.pool.parameters(), *model.neck[2].parameters()]
-    groups = [{"params": list(model.backbone.parameters()), "lr_scale": 1.0},
-              {"params": new, "lr_scale": args.head_lr_scale},
-              {"params": bare, "lr_scale": args.head_lr_scale, "weight_decay": 0.0}]
+    linear, norm, prelu = model.neck
+    decayed = [*linear.parameters(), *norm.parameters(), *model.head.parameters()]
+    undecayed = [*model.pool.parameters(), *prelu.parameters()]
+    groups = [{"params": list(model.backbone.parameters()), "lr_scale": 1.0},  # train_epoch multiplies --lr by lr_scale
+              {"params": decayed, "lr_scale": args.head_lr_scale},
+              {"params": undecayed, "lr_scale": args.head_lr_scale, "weight_decay": 0.0}]
     return torch.optim.SGD(groups, lr=args.lr, momentum=args.momentum, weight_decay=args.weight_decay, nesterov=True)
 
 
@@ -210,9 +211,9 @@ def clip_gradient(model, clip):
 
 
 def make_backward(model, scaler, weights, args, device, precision):
-    """The function backward(images, labels, total, others, share), which backpropagates the loss of one part of a batch, over
-    `total`, the class weights of the whole batch, and returns it. With mixup and cutmix the `labels` count `share`, the second
-    labels `others` the rest. A Graphed where a GPU can replay it."""
+    """A function that backpropagates the loss of a part of a batch and returns it: backward(images, labels, total, others,
+    share). The loss is a sum divided by `total`, the sum of the whole batch's class weights. Mixup and cutmix: `labels` count
+    `share`, the second labels `others` 1 - share. On a GPU the function is a Graphed where that can be."""
     smoothing = args.label_smoothing if args.head == "softmax" else 0.0
     quick = QuickDepthwise() if device.type == "cpu" and precision != "fp32" else nullcontext()
 
@@ -228,14 +229,15 @@ def make_backward(model, scaler, weights, args, device, precision):
 
     if args.compile:
         model.compile()  # of the training only: extract.py calls forward itself
-    replayable = rank_and_world()[1] == args.grad_accum == 1 and not (args.head_first or args.mixup or args.cutmix)
+    one_part = rank_and_world()[1] == 1 and args.grad_accum == 1
+    replayable = one_part and not (args.head_first or args.mixup or args.cutmix)
     return Graphed(backward, model) if device.type == "cuda" and args.cuda_graph and replayable else backward
 
 
 class Graphed:
-    """backward, recorded once as a CUDA graph and replayed: a small batch's kernels take less time than to start them one by
-    one from Python. The first steps run plainly, since in them cuDNN and torch.compile choose the kernels. All steps have
-    the same shapes and no gradients from before."""
+    """backward, recorded once as a CUDA graph and then replayed: a small batch's kernels run faster than Python starts them one
+    by one. The first `plain` steps are not recorded: in them cuDNN and torch.compile choose the kernels. Every step must have
+    the same shapes, and no gradients left from the step before."""
 
     def __init__(self, backward, model, plain=3):
         self.backward, self.parameters, self.plain, self.graph = backward, list(model.parameters()), plain, None
@@ -255,7 +257,7 @@ class Graphed:
                 said = str(error.__context__ or error).partition("\n")[0]
                 raise InputError(f"the step could not be recorded as a CUDA graph ({said}); give --no-cuda-graph, or "
                                  "--grad-accum 2 where memory is short") from error
-            if self.graph is None:  # out of the handler, whose traceback held what it had taken
+            if self.graph is None:  # no memory. Not in the except block: its traceback would keep the memory taken so far
                 print("no memory for a CUDA graph: kernels are started one by one", flush=True)
                 self.plain = math.inf
                 for parameter in self.parameters:
@@ -272,9 +274,9 @@ class Graphed:
 
 
 def train_epoch(model, ema, loader, optimiser, scaler, weights, epoch, args, device, backward):
-    """One pass. Returns (mean training loss, images/s). Epochs are counted from -head_first on: before 0 only pooling,
-    neck and head learn. Under torchrun a process works on its share of each batch: losses and gradients, sums of terms over
-    the whole batch's divisor, are added up, and all take the same step."""
+    """One pass over the training images: (mean training loss, images/s). Epochs below 0 are those of --head-first: only
+    pooling, neck and head learn. Under torchrun each process computes its share of every batch; losses and gradients are sums
+    divided by the whole batch's `total`, so added up over the processes they are the batch's, and all take the same step."""
     model.train()
     frozen = epoch < 0
     model.backbone.train(not frozen).requires_grad_(not frozen)
@@ -282,7 +284,7 @@ def train_epoch(model, ema, loader, optimiser, scaler, weights, epoch, args, dev
     losses, sampler, start = [], loader.batch_sampler, time.time()
     bar = progress(loader, f"epoch {epoch + 1}/{args.epochs}")
     for step, (batch, labels) in enumerate(bar):
-        at = epoch + (step + 1) / len(loader)
+        at = epoch + (step + 1) / len(loader)  # epochs done after this step; --head-first warms up in its first
         factor = min(1.0, at + args.head_first) if frozen else lr_factor(at, args.epochs, args.warmup)
         for group in optimiser.param_groups:
             group["lr"] = args.lr * group["lr_scale"] * factor
@@ -290,10 +292,11 @@ def train_epoch(model, ema, loader, optimiser, scaler, weights, epoch, args, dev
         others, share = labels, 1.0
         if args.mixup or args.cutmix:
             batch, others, share = mix_batch(batch, labels, args.mixup, args.cutmix)
-        total, loss = weights[labels].sum(), 0.0  # of the others, too: the same labels in another order
-        sum_up([total])  # from here on of all processes
-        for part, truth, other in zip(*(t.split(sampler.sizes) for t in (batch, labels, others)), strict=True):
-            loss = loss + backward(part, truth, total, other, share)
+        total, loss = weights[labels].sum(), 0.0  # that of `others` is the same: they are `labels` in another order
+        sum_up([total])  # over the processes
+        parts = zip(*(t.split(sampler.sizes) for t in (batch, labels, others)), strict=True)  # --grad-accum
+        for images, own, other in parts:
+            loss = loss + backward(images, own, total, other, share)
         sum_up([loss, *(p.grad for p in model.parameters() if p.grad is not None)])
         scaler.unscale_(optimiser)
         clip_gradient(model, args.clip)
@@ -314,17 +317,18 @@ def train_epoch(model, ema, loader, optimiser, scaler, weights, epoch, args, dev
 def validate(model, train_part, held_out, weights, args, device, precision):
     """Extraction and retrieval on the held-out fold: {val_loss, head_acc, gap, retrieval_acc}."""
     model = fuse_batch_norm(model, args.test_size[0])
-    size = args.eval_batch_size or pick_batch_size(device)
-    settings = device, precision, size, args.workers
-    reference, query = (gather(embed_model(model, my_share(images, size), *settings, what, args.test_size))
+    batch_size = args.eval_batch_size or pick_batch_size(device)
+    settings = device, precision, batch_size, args.workers
+    reference, query = (gather(embed_model(model, my_share(images, batch_size), *settings, what, args.test_size))
                         for images, what in [(train_part, "embedding train"), (held_out, "embedding held-out")])
     labels, truth = train_part.labels.numpy(), held_out.labels
     found, rows = [], max(1, 2**24 // len(weights))  # at a time: 64 MiB of logits
     with torch.inference_mode():
-        for own, true in zip(torch.from_numpy(query).split(rows), truth.split(rows), strict=True):
-            own, true = own.to(device), true.to(device)
-            lost, logits = loss_sum(model.head(own, true), true, weights), model.head(own)
-            found.append([lost[None].cpu(), *(part.cpu() for part in logits.softmax(1).max(1))])
+        for part, true in zip(torch.from_numpy(query).split(rows), truth.split(rows), strict=True):
+            part, true = part.to(device), true.to(device)
+            loss = loss_sum(model.head(part, true), true, weights)  # with the margin, as in training
+            confidence, predicted = model.head(part).softmax(1).max(1)
+            found.append([loss[None].cpu(), confidence.cpu(), predicted.cpu()])
     loss, confidence, predicted = map(torch.cat, zip(*found, strict=True))
     loss = loss.sum() / weights[truth.to(device)].sum().cpu()
     nearest = labels[topk(query, reference, 1, device=device)[1][:, 0]]
@@ -348,10 +352,12 @@ def record_arguments(folder, args, device):
     if args.restart:
         for old in ("log.csv", "last.pt", "best.pt", "extract.json", "args.json", EVENTS):  # the log first: see load_last
             (folder / old).unlink(missing_ok=True)
-    recorded = {}  # before the first epoch nothing is at stake
+    recorded = {}  # without a checkpoint any arguments are fine
     if begun := [folder / name for name in ("best.pt", "last.pt") if (folder / name).exists()]:
-        recorded = load_json(folder / "args.json", epochs=int) if (folder / "args.json").exists() else (
-            load_checkpoint(begun[0], args=dict)["args"])
+        if (folder / "args.json").exists():
+            recorded = load_json(folder / "args.json", epochs=int)
+        else:
+            recorded = load_checkpoint(begun[0], args=dict)["args"]
         if recorded.get("epochs") == 0:
             raise InputError(f"{folder} holds weights that extract.py has imported; give another --fold or --output")
         if not all(isinstance(recorded.get(name), str) for name in ("precision", "embed_precision")):
@@ -361,11 +367,11 @@ def record_arguments(folder, args, device):
     for name, training in (("precision", True), ("embed_precision", False)):
         if effective[name] == "auto":
             effective[name] = recorded[name] if recorded else pick_precision(args.precision, device, training)
-    # Through JSON, so that no two values are one object (test_size may hold size itself): pickle writes a repeated object as a
-    # reference, so best.pt would have other bytes after a resume, whose arguments come from args.json.
+    # Through JSON, so that best.pt has the same bytes before and after a resume: pickle writes an object that is there twice
+    # (test_size may hold size itself) as a reference, and arguments read from args.json share none.
     effective = json.loads(json.dumps(effective))
     if recorded:
-        if recorded.get("pseudo") and args.pseudo:  # another path; load_last compares what it says
+        if recorded.get("pseudo") and args.pseudo:  # its path may be another: load_last compares its content
             effective["pseudo"] = recorded["pseudo"]
         differ = [f"--{k.replace('_', '-')} {recorded.get(k)} (now {effective.get(k)})"
                   for k in sorted(recorded.keys() | effective.keys()) if recorded.get(k) != effective.get(k)]
@@ -376,20 +382,21 @@ def record_arguments(folder, args, device):
 
 
 def load_last(folder, stamps):
-    """What last.pt holds, or a fresh start. `stamps`: fingerprints {train, held_out} of the images, which must be those of
-    the begin. Deletes a log.csv, or a last.pt, whose best.pt is gone."""
+    """What last.pt holds, or the state before the first epoch. `stamps`: fingerprints {train, held_out} of the run's images; a
+    last.pt of other images is refused. Where best.pt is gone, log.csv and last.pt are deleted: the run begins anew."""
     state = fresh = {"epoch": 0, "best": -1.0, "history": [], **stamps}
-    if (folder / "last.pt").exists():
+    begun = (folder / "last.pt").exists()
+    if begun:
         state = load_checkpoint(folder / "last.pt", epoch=int, best=float, history=list, model=dict, optimiser=dict, train=str,
                                 held_out=str)
         if any(state[name] != stamp for name, stamp in stamps.items()):
             raise InputError(f"{folder}/last.pt is of other training images or pseudo labels; delete {folder}, use another "
                              "--output, or --restart to begin anew")
-    if (folder / "best.pt").exists() or (state is not fresh and state["best"] < 0):  # it is as it should be
+    if (folder / "best.pt").exists() or (begun and state["best"] < 0):  # best < 0: not validated yet, so no best.pt yet
         return state
-    if state is not fresh:
+    if begun:
         print(f"{folder}/best.pt is gone: training anew")
-    for old in ("log.csv", "last.pt"):  # a whole log would call the first epoch's best.pt a finished run's
+    for old in ("log.csv", "last.pt"):  # is_finished would take an old whole log and the new first best.pt for a finished run
         (folder / old).unlink(missing_ok=True)
     return fresh
 
@@ -402,7 +409,7 @@ def check_finished(folder, args, stamps):
 
 
 def write_log(folder, history, events):
-    """log.csv, and before it, since a log with the last epoch says that the run is finished, its events if wanted."""
+    """Write log.csv, and first, if wanted, the event file: once log.csv has the last epoch, the run counts as finished."""
     if events:
         (folder / EVENTS).touch()
         with open(folder / EVENTS, "r+b") as file:  # in place: a TensorBoard that reads along goes on; a torn end is mended
@@ -454,8 +461,8 @@ def look_features(args, train, device):
 
 
 def choose_images(args, train, fold):
-    """(classes, paths, class numbers, rows to train on, those of them in train.csv, rows held out, fingerprints) of a run: the
-    images of train.csv and behind them the confident test images of --pseudo."""
+    """A run's images, those of train.csv and behind them the confident test images of --pseudo: (classes; paths of them all;
+    their class numbers; rows seen in training; those of them that are in train.csv; rows held out; stamps, see load_last)."""
     paths, (classes, truth) = train["path"].to_numpy(), encode(train["label"])
     trained = np.arange(len(train)) if args.fold == "all" else np.flatnonzero(fold != int(args.fold))
     held_out = np.setdiff1d(np.arange(len(train)), trained)
@@ -549,7 +556,8 @@ def fit(folder, args, recorded, train, fold, device):
             row |= validate(kept, images(trained), images(held_out), weights, args, device, recorded["embed_precision"])
         row |= {"images_per_s": round(speed, 1), "seconds": round(time.time() - start, 1)}
         history.append(row)
-        accurate = row["retrieval_acc"] if len(held_out) else 0.0 if last else None  # fold all: the last epoch's are kept
+        # best.pt is the most accurate validated epoch, of equal ones the last; with --fold all the last epoch.
+        accurate = 0.0 if last and not len(held_out) else row["retrieval_acc"]
         better = accurate is not None and accurate >= best
         best = accurate if better else best
         if rank:
@@ -574,7 +582,7 @@ def main():
     device = pick_device(args.device, args.deterministic)
     if args.tensorboard:
         event_bytes([])  # a missing package is better known now than after an epoch
-    compilers = [*(os.environ[name].split(" ")[0] for name in ("CC", "CXX") if os.environ.get(name)), "gcc", "g++", "clang"]
+    compilers = [os.environ.get("CC", "").split(" ")[0], os.environ.get("CXX", "").split(" ")[0], "gcc", "g++", "clang"]
     if args.compile and not any(map(shutil.which, compilers)):
         raise InputError("--compile needs a C compiler: install gcc, or leave the flag out")
     with processes(device):
@@ -589,7 +597,8 @@ def main():
                 on_first(check_run, args, train, fold, device)
             recorded = on_first(record_arguments, folder, args, device)
             if on_first(is_finished, folder):
-                on_first(check_finished, folder, args, choose_images(args, train, fold)[-1])
+                *_, stamps = choose_images(args, train, fold)
+                on_first(check_finished, folder, args, stamps)
                 print(f"{folder} finished already")
             else:
                 fit(folder, args, recorded, train, fold, device)

@@ -78,27 +78,29 @@ class Parser(argparse.ArgumentParser):
 
 
 def within(interval, kind=float):
-    """What makes a number of a flag's text, for add_argument's `type`; one outside the interval, as "[0, 1)", is an error."""
-    (low, high), closed = map(float, interval[1:-1].split(",")), (interval[0] == "[", interval[-1] == "]")
+    """For add_argument's `type`: a function from a flag's text to its number, which must lie in the interval, e.g. "[0, 1)"."""
+    low, high = map(float, interval[1:-1].split(","))
+    with_low, with_high = interval[0] == "[", interval[-1] == "]"
 
     def convert(text):
         with contextlib.suppress(ValueError):
             value = kind(text)
-            if low < value < high or (value == low and closed[0]) or (value == high and closed[1]):
+            if low < value < high or (with_low and value == low) or (with_high and value == high):
                 return value
         raise argparse.ArgumentTypeError(f"{text} is no {'whole ' if kind is int else ''}number in {interval}")
 
     return convert
 
 
+# What type="count" of an add_argument means, in every script: script_parser registers these names.
 NUMBERS = {"whole": within("[0, inf)", int), "count": within("[1, inf)", int), "several": within("[2, inf)", int),
            "seed": within("[0, 4294967295]", int), "share": within("[0, 1]"), "part": within("[0, 1)"),
            "rate": within("(0, 1)"), "amount": within("[0, inf)"), "positive": within("(0, inf)")}
 
 
 def script_parser(doc, folders=True, device=True):
-    """A script's ArgumentParser: `doc` is its help, abbreviations are errors; with --input and --output, and --device. Flags
-    may have the NUMBERS as their `type`, by name."""
+    """A script's ArgumentParser: `doc` is its help, abbreviations are errors; folders: with --input, --output, --allow-outside;
+    device: with --device. A flag's `type` may be one of the NUMBERS, by name."""
     parser = Parser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     for name, convert in NUMBERS.items():
         parser.register("type", name, convert)
@@ -185,7 +187,7 @@ def run(main):
     if code and fails_first():
         print(said, file=sys.stderr, flush=True)
     elif code:
-        code = 2
+        code = 2  # another process has said why
     if code and dist.is_initialized():
         sys.stdout.flush()
         os._exit(code)  # what Python does at its end could wait for the other processes
@@ -309,10 +311,10 @@ def is_first():
 
 
 def my_rows(n, step=1):
-    """The slice of n rows that is this process's: whole steps of rows, the processes' shares one after the other."""
-    (rank, ranks), steps = rank_and_world(), -(-n // step)
-    low, high = (min(n, -(-steps * i // ranks) * step) for i in (rank, rank + 1))
-    return slice(low, high)
+    """The slice of n rows that is this process's, in whole steps (the end may be shorter), by order of rank."""
+    (rank, ranks), steps = rank_and_world(), -(-n // step)  # -(-a // b): a / b, rounded up
+    low, high = -(-steps * rank // ranks), -(-steps * (rank + 1) // ranks)
+    return slice(min(n, low * step), min(n, high * step))
 
 
 def on_first(work, *args):
@@ -547,7 +549,7 @@ def load_checkpoint(path, **kinds):
             if not (isinstance(value, dict) and isinstance(value.get(key), kind)):
                 raise ValueError(f"no proper {key!r}")
         if kinds:
-            json.dumps([value.get(key) for key in PLAIN])  # TypeError
+            json.dumps([value.get(key) for key in PLAIN])  # a TypeError where one of them holds a tensor
         return value
 
 

@@ -15,8 +15,9 @@ import torch.nn.functional as F
 
 from search import SCREENS, topk
 
-# A new vote: here, with its text; in OF_EMBEDDINGS and label, or in of_neighbours; WITH_HEAD; vote_flags; README's flags table.
-# Of votes that are equally good out-of-fold --vote auto takes the first.
+# To add a vote: 1. its name and text to INDUCTIVE or TRANSDUCTIVE (--vote auto: of equals nearest, else the first);
+# 2. its scores to of_neighbours, or, if it needs the embeddings, to label, and its name to OF_EMBEDDINGS; 3. if it needs heads,
+# its name to WITH_HEAD; 4. its flags to vote_flags, and name and flags to README's table of scripts.
 INDUCTIVE = {
     "nearest": "the class of the nearest image",
     "sum": "sum of similarity^power over the k nearest",
@@ -120,7 +121,7 @@ def recentring(queries, gallery, labels, classes, temperature=0.05, rounds=10):
     for part in blocks(len(gallery)):
         known.index_add_(0, torch.as_tensor(labels[part]), rows_of(gallery, part))
     centres = F.normalize(known)
-    empty = torch.from_numpy(np.bincount(labels, minlength=classes) == 0)  # the smallest weight would make it a centre
+    empty = torch.from_numpy(np.bincount(labels, minlength=classes) == 0)  # a query's tiniest weight would make it a centre
 
     def cosine(rows):
         return (rows @ centres.T).masked_fill(empty, -torch.inf)
@@ -234,19 +235,20 @@ def label(queries, gallery, labels, classes, heads, args, wanted, device, scratc
             result[vote] = scores.argmax(1).numpy()
     if "centring" in wanted:
         first = rows_of(queries, slice(1))
-        alike = all((rows_of(queries, part) == first).all() for part in blocks(len(queries)))  # nothing is left of them
-        both = mean_row(queries, gallery) if args.centre == "joint" or alike else None
-        result["centring"] = nearest_of(*(centred(x, mean_row(x) if both is None else both, new_scratch(name, len(x)))
-                                          for name, x in [("q", queries), ("g", gallery)]))
+        alike = all((rows_of(queries, part) == first).all() for part in blocks(len(queries)))  # less their own mean: all zero
+        joint = mean_row(queries, gallery) if args.centre == "joint" or alike else None
+        left, right = (centred(x, mean_row(x) if joint is None else joint, new_scratch(name, len(x)))
+                       for name, x in [("q", queries), ("g", gallery)])
+        result["centring"] = nearest_of(left, right)
     if "expansion" in wanted:
-        near = search(queries, gallery, args.graph_k), search(gallery, gallery, args.graph_k, np.arange(len(gallery)))
-        result["expansion"] = nearest_of(*(expanded(x, gallery, *found, new_scratch(name, len(x)), args.alpha)
-                                           for name, x, found in zip("qg", (queries, gallery), near, strict=True)))
+        left, right = (expanded(x, gallery, *search(x, gallery, args.graph_k, own), new_scratch(name, len(x)), args.alpha)
+                       for name, x, own in [("q", queries, None), ("g", gallery, np.arange(len(gallery)))])
+        result["expansion"] = nearest_of(left, right)
     if "propagation" in wanted:
         nodes = new_scratch("nodes", len(gallery) + len(queries))
         centred(gallery, 0, nodes[:len(gallery)])
         centred(queries, 0, nodes[len(gallery):])
         graph = search(nodes, nodes, args.graph_k, np.arange(len(nodes)))
         score, number = propagation(*graph, labels, classes, args.damping, args.alpha).max(1)
-        result["propagation"] = np.where(score > 0, number, labels[index[:, 0]])  # a burst of alike queries may be an island
+        result["propagation"] = np.where(score > 0, number, labels[index[:, 0]])  # queries whose graph reaches no gallery row
     return result, similarity, index

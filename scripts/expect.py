@@ -1,18 +1,18 @@
 """The accuracy to expect on the test images, before their labels are known; and how likely each label is right.
 
-Training images are altered in known ways (alterations.py: darker, blurred, grey, ...; two at once), embedded anew by all runs,
-and labelled by the images of other looks only (a look is a cluster of alike images of a class). From these sets, whose truth
-is known, a logistic regression learns how often a label is right, by
-  evidence    of the image: the log odds of its class against all others; and their mean over the set
-  agreement   of the image: how often two random halves of the runs both give its label
-  chance      of its class: how much of the halves' agreement on it is more than chance
-  collapse    of the set: how much oftener than by chance two of its images get the same label
-A set counts as one observation, whatever its size, and once more each as the images of a quarter and of half the classes, lest
-a collapse of the labels and few products be mistaken for each other. By how much that is too high or too low for sets of like
-evidence and collapse is learned, too (kernel ridge regression), and taken off. The interval is as wide as the errors on the
-alterations when each is left out of what is learned.
-That is for the labels of the nearest images; those of the submission, by another vote, are taken for as much better as they are
-out-of-fold, where the folds see a shift.
+1. altered_sets: training images are altered (alterations.py: darker, blurred, ...; two ways at once), a set per alteration, and
+   labelled by their nearest image of another look (a cluster of alike images of a class). So it is known which are right.
+2. fit: a logistic regression learns from these sets how likely a label is right, by five `signs`:
+     evidence   of the image: the log odds of its class against all others
+     agreement  of the image: how often two random halves of the runs both give its label
+     chance     of its class: how much of the halves' agreement on it is more than chance
+     evidence   of the set: its mean over the images
+     collapse   of the set: how much oftener than by chance two of its images get the same label
+   Each set counts alike, whatever its size, and again as the images of a quarter and of half of its classes, so that a test
+   set of few products is not taken for a collapse.
+3. fit: by how much step 2 says too much of whole sets is learned by their two signs (kernel ridge regression), and subtracted.
+4. learn: how far that is off on alterations left out of the learning gives the width of the interval.
+5. submitted: another vote than the nearest image counts as better by what it gains out-of-fold, where folds see a shift.
 
 Reads  what retrieve.py reads and, if it ran, what it writes; training images, best.pt of the runs
 Writes output/confidence.csv (filename,prediction,confidence,similarity in the order of the submission), output/expected.json,
@@ -108,7 +108,7 @@ def class_best(similarity, label, classes):
 def held_out(arrays, rows, labels, looks, classes, device):
     """Best class similarities of the held-out `rows` by runs that did not train on them, arrays [N, D]: against all other
     images, and against all but those of the image's own look: two float32 [n, C]."""
-    alike = int(np.bincount(looks).max())
+    alike = int(np.bincount(looks).max())  # so many neighbours may be of the own look, and then do not count
     similarity, index = topk(Joined(arrays, rows), Joined(arrays), NEIGHBOURS + alike, rows, device)
     other = np.where(looks[index] == looks[rows, None], np.float32(-np.inf), similarity)
     return tuple(class_best(part, labels[index], classes) for part in (similarity, other))
@@ -118,7 +118,7 @@ def own_looks(arrays, labels, part, looks, seed):
     """A number for the look of each image [N] int64: its `part` [N] (fold by look, or group) of the class, or, where there is
     None, its cluster of alike images."""
     part = make_look_folds(Joined(arrays)[:], labels, looks, seed) if part is None else part
-    return np.unique(labels * (part.max() + 2) + part + 1, return_inverse=True)[1]
+    return np.unique(labels * (part.max() + 2) + part + 1, return_inverse=True)[1]  # a number per (label, part >= -1)
 
 
 def known_looks(output, train, fold):
@@ -126,12 +126,14 @@ def known_looks(output, train, fold):
     by = folds_by(output)
     if by == "group" and "group" not in train.columns:
         raise InputError(f"{output}/folds.csv was drawn by group, and train.csv has no column 'group' now; put it back")
-    return fold if by == "look" else np.array(encode(train["group"])[1]) if by == "group" else None
+    if by == "look":
+        return fold
+    return encode(train["group"])[1] if by == "group" else None
 
 
 def out_of_fold(runs, fold, part, labels, classes, device, looks=LOOKS, seed=0):
-    """held_out of the images by the runs of their fold, of so many as give 2^26 similarities: (rows, against all, against other
-    looks)."""
+    """held_out of the training images, each by the runs of its fold; of a random part of them where [N, C] would be more than
+    2^26 numbers. Returns (rows, class_best against all other images, class_best against those of other looks)."""
     found, some = [], np.random.default_rng(seed).permutation(len(labels)) < max(1000, 2**26 // classes)
     for k, out in by_fold(runs):
         arrays, rows = [r["train"] for r in out], np.flatnonzero((fold == k) & some)
@@ -177,12 +179,12 @@ def halves(count):
     if count < 2:
         return np.empty((0, count), bool)
     drawn = np.array([np.random.default_rng(i).permutation(count) < count // 2 for i in range(SPLITS)])
-    return np.unique(drawn ^ drawn[:, :1], axis=0)  # the first run is in the half False
+    return np.unique(drawn ^ drawn[:, :1], axis=0)  # turned so that the first run is False: a split and its opposite are one
 
 
 def half_votes(runs, queries, labels, device, own=None, looks=None):
-    """The label that each half of the runs gives each query, of whose embeddings there is an array a run, by its nearest image;
-    not by those of its `own` look [n] of `looks` [N], if given: int64 [S, 2, n]."""
+    """The label of each query's nearest image by each half of the runs: int64 [S, 2, n]. queries: their embeddings, an array a
+    run. own [n], looks [N]: if given, images of the query's own look do not count."""
     def nearest(members):
         part = [Joined([arrays[i] for i in members]) for arrays in (queries, [r["train"] for r in runs])]
         return labels[search_other_looks(*part, 1, device, own, looks)[1][:, 0]]
@@ -202,16 +204,15 @@ def search_other_looks(queries, gallery, k, device, own=None, looks=None):
 
 def beyond_chance(votes, prior):
     """How much of the halves' agreement on a class is more than chance, 0..1 [C]; votes int64 [S, 2, n], prior [C].
-    Cohen's kappa (1960) of the two halves is the share of the images that they know; the others they guess by their own
-    frequencies p of the classes. So they agree on c by chance with p_c^2, and are right then with p_c prior_c: a class
-    predicted too often, as when a shift drives all images to it, loses. Chance is counted over pairs of different images, lest
-    it be too high for few."""
+    The halves are taken to know a share of the images (Cohen's kappa, 1960), and to guess the others with the frequencies p of
+    their votes. Guesses agree on class c with probability p_c^2 and are right with p_c prior_c; the difference is subtracted:
+    a class predicted too often, as when a shift drives all images to it, loses."""
     count, classes = votes.shape[2], len(prior)
     if count < 2 or not len(votes):
         return np.ones(classes)
     share = np.array([[np.bincount(half, minlength=classes) / count for half in pair] for pair in votes])  # [S, 2, C]
     same = votes[:, 0] == votes[:, 1]
-    chance = (count * share.prod(1).sum(1).mean() - same.mean()) / (count - 1)
+    chance = (count * share.prod(1).sum(1).mean() - same.mean()) / (count - 1)  # over pairs of different images
     guessed = min(1.0, (1 - same.mean()) / (1 - chance)) if chance < 1 else 1.0  # 1 - kappa
     agreed = np.bincount(votes[:, 0][same], minlength=classes) / same.size
     p = share.mean((0, 1))
@@ -224,15 +225,15 @@ def agreement(votes, predicted):
 
 
 def collapse(predicted, prior):
-    """Log of how much oftener two of the images [n] have one label than if all classes with a `prior` were equally frequent,
-    counting one pair more of each, lest few images tell much; 0 for one image."""
+    """Log of the pairs of images [n] with one label, divided by those to expect if all classes with a `prior` were equally
+    frequent; with one pair more above and below, so that few images tell little. 0 for one image."""
     pairs, count = len(predicted) * (len(predicted) - 1.0), np.bincount(predicted)
     return np.log(((count * (count - 1.0)).sum() + 2) / (pairs / np.count_nonzero(prior) + 2))
 
 
 def signs(best, votes, predicted, sharpness, prior):
-    """What tells of errors, of a set of images [n]: `best` are class_best's [n, C], `votes` those of the halves, `predicted`
-    the labels. float64 [n, 5], as named above, the two of the whole set last."""
+    """The five signs of errors, in the order of the text above, of a set of images: float64 [n, 5]. best [n, C]: of class_best;
+    votes [S, 2, n]: of half_votes; predicted [n]: the labels; prior [C]: how frequent the classes are."""
     odds = log_odds(best, sharpness, predicted)
     whole = np.tile([odds.mean(), collapse(predicted, prior)], (len(predicted), 1))
     return np.column_stack([odds, agreement(votes, predicted), beyond_chance(votes, prior)[predicted], whole])
@@ -251,44 +252,45 @@ def observe(part, sharpness, prior):
 
 
 def learn(sets, prior):
-    """(what is learned by all sets of altered_sets, its error): the error of what is expected of an altered set by all others
-    but those that share an alteration with it, root mean square."""
-    sharpness, least = fit_sharpness(sets[0]["best"], sets[0]["truth"]), 1 / (len(sets[0]["truth"]) + 2)
-    observed, squares = [observe(part, sharpness, prior) for part in sets], []
+    """(what `fit` learns from all the altered_sets, its error): each altered set's accuracy is expected by what is learned from
+    the sets that share no alteration with it; the error is how far that is off, root mean square."""
+    sharpness, least = fit_sharpness(sets[0]["best"], sets[0]["truth"]), 1 / (len(sets[0]["truth"]) + 2)  # sets[0]: unaltered
+    observed, errors = [observe(part, sharpness, prior) for part in sets], []
     for own in (part for part in sets if part["names"]):
         others = [seen for part, seen in zip(sets, observed, strict=True) if not set(part["names"]) & set(own["names"])]
         predicted = own["best"].argmax(1)
-        off = confide(own["best"], own["votes"], predicted, fit(others, sharpness, least), prior).mean()
-        squares.append((off - accuracy(predicted, own["truth"])) ** 2)
-    return fit(observed, sharpness, least), np.mean(squares) ** 0.5
+        expected = confide(own["best"], own["votes"], predicted, fit(others, sharpness, least), prior).mean()
+        errors.append(expected - accuracy(predicted, own["truth"]))
+    return fit(observed, sharpness, least), np.mean(np.square(errors)) ** 0.5
 
 
 def fit(observed, sharpness, least):
-    """{"sharpness", "weights" [5], "offset"}, learned by what was observed of sets: right by expit(signs @ weights + offset);
-    the regression "excess" [m, 2] -> [m]: by how much that is too high, or too low, on average of a set with these two signs
-    of the whole, 0 far from all; and the `least` share that sets of this size tell from 0."""
+    """What is learned from sets that were `observe`d, a dict. A label is right with probability expit(signs @ "weights" +
+    "offset"); "excess", a regression [m, 2] -> [m], says by how much the mean of these is too high for a set with these last
+    two signs (0 far from all sets). "least": the smallest share that sets of this size tell from 0; "sharpness": as given."""
     parts, right = zip(*(pair for seen in observed for pair in seen), strict=True)
-    weight = np.concatenate([np.full(len(part), 1 / len(part)) for part in parts])
+    weight = np.concatenate([np.full(len(part), 1 / len(part)) for part in parts])  # each part counts 1
     x, y = np.concatenate(parts), np.concatenate(right)
     mean, scale = x.mean(0), x.std(0).clip(min=1e-9)
-    x, y = np.vstack([(x - mean) / scale, np.zeros((2, 5))]), np.append(y, [True, False])  # so that there is one of both
+    x, y = np.vstack([(x - mean) / scale, np.zeros((2, 5))]), np.append(y, [True, False])  # sklearn needs one of each
     model = LogisticRegression(max_iter=1000).fit(x, y, np.append(weight, [1 / len(parts)] * 2))
-    weights = model.coef_[0] / scale
+    weights = model.coef_[0] / scale  # for signs that are not standardised
     offset = float(model.intercept_[0] - weights @ mean)
+    too_high = [(expit(part @ weights + offset) - true).mean() for part, true in zip(parts, right, strict=True)]
     excess = make_pipeline(StandardScaler(), KernelRidge(alpha=0.3, kernel="rbf", gamma=0.5))
-    excess.fit([x[0, 3:] for x in parts], [(expit(x @ weights + offset) - y).mean() for x, y in zip(parts, right, strict=True)])
+    excess.fit([part[0, 3:] for part in parts], too_high)
     return {"sharpness": sharpness, "weights": weights.tolist(), "offset": offset, "excess": excess, "least": least}
 
 
 def odds_of_right(best, votes, predicted, learned, prior, gain=0.0):
-    """Log odds that the labels `predicted` [n] of a set of test images are right [n]: all moved alike, so that their mean
-    probability is that of the nearest images' labels, less what is learned to be its excess, and `gain` more, but within what
-    the learned sets can tell from 0 and 1."""
+    """Log odds that the labels `predicted` [n] of a set of test images are right [n]. All are moved by one number, so that
+    their mean probability is the wanted one: that of the nearest images' labels, less its learned excess, plus `gain`; no
+    closer to 0 or 1 than the learned sets can tell."""
     nearest = signs(best, votes, best.argmax(1), learned["sharpness"], prior)
-    odds = signs(best, votes, predicted, learned["sharpness"], prior) @ learned["weights"] + learned["offset"]
     wanted = expit(nearest @ learned["weights"] + learned["offset"]).mean()
     least = np.clip(min(wanted, 1 - wanted), 1e-6, learned["least"])
     wanted = np.clip(wanted - learned["excess"].predict(nearest[:1, 3:])[0] + gain, least, 1 - least)
+    odds = signs(best, votes, predicted, learned["sharpness"], prior) @ learned["weights"] + learned["offset"]
     return odds - brentq(lambda less: expit(odds - less).mean() - wanted, odds.min() - 20, odds.max() + 20)
 
 
@@ -298,7 +300,8 @@ def confide(best, votes, predicted, learned, prior, gain=0.0):
 
 
 def calibrate_alone(best, votes, learned, prior):
-    """What confide_alone goes by: a photograph alone, as classify.py labels it, is taken for one of the set of test images."""
+    """What confide_alone goes by. classify.py's photograph is judged as if it were one of these test images: what the signs of
+    the whole set add to its odds is the same for all of them, and goes into the "offset"."""
     predicted, sharpness, weights = best.argmax(1), learned["sharpness"], learned["weights"][:3]
     first = signs(best, votes, predicted, sharpness, prior)[0, :3] @ weights
     return {"sharpness": sharpness, "weights": weights, "kept": beyond_chance(votes, prior),
@@ -315,9 +318,9 @@ def confide_alone(best, votes, calibration):
 
 
 def altered_sets(runs, part, labels, train, args, device):
-    """Training images, as they are and altered, among those of other looks: a dictionary a set of their alterations' "names",
-    class_best's "best" [n, C], the halves' "votes" [S, 2, n] and the "truth" [n]; and how frequent their classes are [C].
-    Their embeddings are kept in output/altered.npz, since another processor's differ by rounding."""
+    """(sets, prior [C]). A set is n training images altered alike, searched among the images of other looks, a dict: "names" of
+    the alterations (() for the first: none), "best" [n, C] of class_best, "votes" [S, 2, n] of half_votes, "truth" [n]. prior:
+    how frequent the classes are. The embeddings are kept in output/altered.npz: another processor's differ by rounding."""
     from alterations import ALTERATIONS, AlteredImages  # torchvision takes seconds, and classify.py needs none
 
     looks = own_looks([runs[0]["train"]], labels, part, args.looks, args.seed)
@@ -328,7 +331,7 @@ def altered_sets(runs, part, labels, train, args, device):
     if len(rows) < 2:
         raise InputError("no class has images of two looks or groups, so nothing tells what to expect of another; without "
                          "scripts/expect.py the submission is complete")
-    file, own = Path(args.output) / "altered.npz", np.tile(looks[rows], len(ALTERATIONS))
+    file = Path(args.output) / "altered.npz"
     key = json.dumps([runs_digest(runs), train["path"].iloc[rows].tolist(), ALTERATIONS, args.seed])
     kept = load_npz(file, "delete it, it is made anew") if file.exists() else {}
     if str(kept.get("key")) != key:
@@ -337,11 +340,13 @@ def altered_sets(runs, part, labels, train, args, device):
 
         kept = {"key": key} | embed_as_extracted(runs, args.output, altered, device, args.workers)
         save_npz(file, **kept)
-    queries = [kept[r["name"]] for r in runs]
+    queries, own = [kept[r["name"]] for r in runs], np.tile(looks[rows], len(ALTERATIONS))
     similarity, index = search_other_looks(Joined(queries), Joined([r["train"] for r in runs]), NEIGHBOURS, device, own, looks)
-    best, votes = class_best(similarity, labels[index], labels.max() + 1), half_votes(runs, queries, labels, device, own, looks)
-    return [{"names": names, "best": best[at:at + len(rows)], "votes": votes[..., at:at + len(rows)], "truth": labels[rows]}
-            for at, names in zip(range(0, len(best), len(rows)), ALTERATIONS, strict=True)], prior
+    best = class_best(similarity, labels[index], labels.max() + 1)
+    votes = half_votes(runs, queries, labels, device, own, looks)
+    places = [slice(at, at + len(rows)) for at in range(0, len(best), len(rows))]
+    return [{"names": names, "best": best[place], "votes": votes[..., place], "truth": labels[rows]}
+            for names, place in zip(ALTERATIONS, places, strict=True)], prior
 
 
 # ------------------------------------------------------------------------------------------------- baselines, and the shift
@@ -386,10 +391,9 @@ def shift(run_, fold, seed, device):
 
 
 def expect(runs, fold, part, labels, grown, numbers, sets, set_prior, args, device, predicted=None, gain=0.0):
-    """(confidence [n], class number [n], nearest similarity [n], figures for expected.json) of the labels `predicted` [n]
-    (default: of the nearest images; so where it is -1), which are right `gain` more often than those.
-    labels: class numbers of the rows of train.csv, of which the `sets` of altered_sets are, their classes as frequent as
-    `set_prior`; grown, numbers: the runs and class numbers of the gallery."""
+    """(confidence [n], class number [n], nearest similarity [n], figures for expected.json) of the test images' labels.
+    predicted [n]: the labels, default the nearest images', which also stand in where it is -1; gain: see `submitted`.
+    runs, labels: of train.csv's rows, and so sets, set_prior (altered_sets); grown, numbers: of the gallery's rows (`grow`)."""
     rows, random, look = out_of_fold(runs, fold, part, labels, labels.max() + 1, device, args.looks, args.seed)
     truth = labels[rows]
     queries = [r["test"] for r in grown]
@@ -403,10 +407,10 @@ def expect(runs, fold, part, labels, grown, numbers, sets, set_prior, args, devi
     confidence = confide(best, votes, predicted, learned, prior, gain)
     calibration = calibrate_alone(best, votes, learned, prior)
     expected = float(confidence.mean())
-    half = 1.64 * (error**2 + expected * (1 - expected) / len(confidence)) ** 0.5
+    reach = 1.64 * (error**2 + expected * (1 - expected) / len(confidence)) ** 0.5  # 90 %: error of the learned, chance among n
     sharpness = fit_sharpness(random, truth)
     held, right, test = log_odds(random, sharpness), random.argmax(1) == truth, log_odds(best, sharpness)
-    figures = {"expected": expected, "low": max(0.0, expected - half), "high": min(1.0, expected + half),
+    figures = {"expected": expected, "low": max(0.0, expected - reach), "high": min(1.0, expected + reach),
                "by_evidence": evidence.mean(), "by_agreement": agreement(votes, predicted).mean() if len(votes) else None,
                "held_out": right.mean(), "held_out_other_looks": accuracy(look.argmax(1), truth),
                "average_thresholded_confidence": average_thresholded_confidence(held, right, test),
@@ -473,15 +477,14 @@ def tell(args, device):
     figures["calibration"]["kept"] = {label: round(float(share), 4) for label, share in kept if share < 1}
     number = with_bad(test, good, number, np.bincount(numbers).argmax())  # images in bad_images.csv: as retrieve.py labels them
     confidence, similarity = with_bad(test, good, confidence, 0), with_bad(test, good, similarity, 0)
-    share = len(good) / len(test)
+    share = len(good) / len(test)  # of readable images: the others count as wrong
     figures |= {name: round(figures[name] * share, 4) for name in ("expected", "low", "high")}
     table = test[["filename"]].assign(prediction=np.array(classes, object)[number], confidence=confidence.round(4),
                                       similarity=similarity.round(4))
-    predicted = None if predicted is None else with_bad(test, good, predicted, 0)
-    if predicted is not None and (predicted < 0).any():
-        table.loc[predicted < 0, ["prediction", "confidence"]] = UNKNOWN, 0.0
-        print(f"{(predicted < 0).sum()} of {len(predicted)} test images are rejected; the expectation is of all, those by "
-              "their nearest")
+    rejected = np.zeros(len(test), bool) if predicted is None else with_bad(test, good, predicted < 0, False)
+    if rejected.any():
+        table.loc[rejected, ["prediction", "confidence"]] = UNKNOWN, 0.0
+        print(f"{rejected.sum()} of {len(test)} test images are rejected; the expectation is of all, those by their nearest")
     truth = read_solution(args.input, test["filename"])
     figures["vote"] = vote
     figures["true"] = None if truth is None else round(accuracy(number, number_of(truth, classes)), 4)
