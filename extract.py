@@ -51,7 +51,7 @@ from utils import (
 import numpy as np
 import pandas as pd
 import torch
-from torch.optim.swa_utils import update_bn
+from torch import nn
 from torch.utils.data import Subset
 
 from dataset import (
@@ -256,10 +256,18 @@ def embed_files(runs, output, base, files, device, batch_size=0):
 
 @torch.inference_mode()
 def adapt_bn(model, images, device, precision="fp32", batch_size=64, workers=0):
-    """Replace the statistics of the model's batch norms by those of `images`, their mean over one pass."""
-    batches = (batch for batch, _ in make_loader(images, batch_size, workers, device) if len(batch) > 1)
-    with autocast(device, precision):
-        update_bn(batches, model, device)
+    """Replace the statistics of the model's batch norms by those of `images`, their mean over one pass. torch's update_bn would
+    also train: some backbones then drop parts at random."""
+    norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+    for norm in norms:
+        norm.reset_running_stats()
+        norm.momentum = None  # None: the plain mean over all batches
+        norm.train()
+    for batch, _ in make_loader(images, batch_size, workers, device):
+        if len(batch) > 1:
+            with autocast(device, precision):
+                model(batch.to(device))
+    model.eval()
 
 
 # ------------------------------------------------------------------------------------------------------------- the work

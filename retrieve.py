@@ -4,7 +4,7 @@ Reads  input/{train.csv,sample_submission.csv[,solution.csv]}, output/folds.csv,
        scripts/add_products.py) and, to reject, output/left_out.json (by scripts/leave_out.py)
 Writes output/{neighbours.npz,submission.csv,scores.json,oof.csv}; with --top, output/top.csv; to reject, output/strangers.npz
 
-    python retrieve.py                                              # all finished runs, the vote that is best out-of-fold
+    python retrieve.py                                              # all finished runs, the vote by --vote auto
     python retrieve.py --runs nfnet_l0/fold0 nfnet_l0/fold1 --vote sum --k 10
     python retrieve.py --reject 0.05                                # 'unknown' where it may be none of the products
     torchrun --nproc_per_node 4 retrieve.py                         # the gallery shared among processes, one GPU each
@@ -135,6 +135,7 @@ def load_runs(output, names, train, test):
                 stamp["held_out"] != train_fingerprint(train[fold == int(held)])):
             raise InputError(f"{folder} held out other images than {output}/folds.csv says; put the old folds.csv back, or use "
                              "another --output")
+
         def embeddings(name, rows, folder=folder, files=stamp["files"]):
             return load_npy(folder / name, (rows, None), files.get(name, "none"))
 
@@ -408,6 +409,7 @@ def rejecter(runs, grown, train, classes, numbers, args, device):
     if unseen is None and is_first():
         print("the rate of --reject is that of products which the runs trained on; that of new ones is higher: "
               "scripts/leave_out.py measures by how much, and corrects it", file=sys.stderr)
+
     def rejects(near):
         strange = strangeness(near, found)
         return (strange if unseen is None else calibrated(strange, unseen)) > args.reject

@@ -16,7 +16,7 @@ import math
 import os
 import shutil
 import time
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from pathlib import PurePosixPath
 
 from utils import (
@@ -173,9 +173,10 @@ def parse_args(argv=None):
 def clip(text):
     """--clip's text, checked, for add_argument's `type`."""
     mode, _, value = text.partition(":")
-    if text != "none" and not (mode in ("norm", "agc") and float(value) > 0):
-        raise ValueError
-    return text
+    with suppress(ValueError):
+        if text == "none" or (mode in ("norm", "agc") and float(value) > 0):
+            return text
+    raise argparse.ArgumentTypeError(f"{text}: give none, norm:MAX or agc:FACTOR, e.g. norm:5 or agc:0.01")
 
 
 # ------------------------------------------------------------------------------------------------- the parts of a step

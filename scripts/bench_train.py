@@ -15,6 +15,7 @@ Reads  input/train.csv and its images; writes INPUT/.cache
     python scripts/bench_train.py --arch nfnet_l0 tf_efficientnet_b1 --n 4096     # on a GPU
 """
 
+import math
 import sys
 from collections import deque
 from functools import partial
@@ -120,7 +121,7 @@ def main():
         if isinstance(backward, train.Graphed):
             calls["plain step"] = partial(step, backward.backward)
         step()
-        while isinstance(backward, train.Graphed) and backward.graph is None:
+        while isinstance(backward, train.Graphed) and backward.graph is None and backward.plain < math.inf:
             step()
         title = f"{arch}, {args.size} px, {device.type} {precision}, {torch.get_num_threads()} threads"
         seconds = take_turns(title, calls, (original, arch, names, labels, args), args.repeat, steps * args.batch_size, device)

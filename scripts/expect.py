@@ -144,7 +144,7 @@ def out_of_fold(runs, fold, part, labels, classes, device, looks=LOOKS, seed=0):
 
 def fit_sharpness(best, truth):
     """The factor b for which softmax(b * best) [n, C] gives the true classes [n] the highest likelihood."""
-    best, truth = torch.from_numpy(best).double(), torch.from_numpy(truth)
+    best, truth = torch.from_numpy(best).double(), torch.from_numpy(truth)  # all right: the larger, the likelier; any will do
     found = minimize_scalar(lambda log: F.cross_entropy(best * np.exp(log), truth).item(), bounds=(-5, 10))
     return float(np.exp(found.x))
 

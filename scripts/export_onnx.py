@@ -82,8 +82,8 @@ def check(path, model, photographs):
 
 def main():
     args = parse_args()
-    need("onnxruntime", "onnx onnxruntime onnxscript")
-    need("onnxscript", "onnx onnxruntime onnxscript")
+    for package in ("onnx", "onnxruntime", "onnxscript"):
+        need(package, package)
     folder = Path(args.output) / args.run
     if not (folder / "extract.json").exists():
         raise InputError(f"{folder} has no embeddings; run train.py and extract.py first")

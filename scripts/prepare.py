@@ -213,10 +213,12 @@ FORMS = {"grocery": grocery, "products10k": products10k, "rp2k": rp2k, "sop": so
 def place(source, output, train, test, copy):
     """Links OUT/images and OUT/test to SRC, or copies of the images."""
     for name, table in (("images", train), ("test", test)):
-        if table.empty:  # photographs to label may be put there later
-            continue
         target = output / name
         link = target.is_symlink()
+        if table.empty:  # photographs to label may be put there later
+            if link:
+                target.unlink()
+            continue
         if (copy or target.resolve() != source) if link else (target.exists() and not copy):
             raise InputError(f"{target} is there already, of another SRC or with --copy; delete {output}, or give another "
                              "--output")

@@ -34,7 +34,7 @@ def parse_args():
     parser = script_parser(__doc__)
     add = parser.add_argument
     add("--most", type="count", default=400, help="photographs shown: the least confident, the least like the gallery, the "
-        "wrong ones and some at random, a quarter each (default 400)")
+        "surest wrong ones, a quarter each, and some at random (default 400)")
     add("--seed", type="seed", default=0, help="of the random ones (default 0)")
     return parser.parse_args()
 
@@ -52,13 +52,13 @@ def thumbnails(paths, what):
 
 
 def choose(table, most, seed):
-    """Rows of the test images to show: a quarter each of the least confident, the least similar, the wrong and surest, and at
-    random."""
+    """Rows of the test images to show: a quarter each of the least confident, the least similar, the wrong and surest, where
+    these are known; the others at random."""
     sure = table["confidence"].fillna(table["similarity"])  # as the page sorts them
     wrong = table["truth"].notna() & (table["truth"] != table["prediction"])
     order = [table["confidence"].dropna(), table["similarity"], -sure[wrong]]
-    order = [part.sort_values(kind="stable").index for part in order] + [np.random.default_rng(seed).permutation(len(table))]
-    chosen = dict.fromkeys(int(i) for part in order for i in part[:max(1, most // 4)])
+    order = [part.sort_values(kind="stable").index[:max(1, most // 4)] for part in order]
+    chosen = dict.fromkeys(int(i) for part in (*order, np.random.default_rng(seed).permutation(len(table))) for i in part)
     return list(chosen)[:most]
 
 

@@ -183,7 +183,6 @@ def test_folds_csv_is_written_once_and_guarded(data, tmp_path, capsys):
         load_folds(tmp_path, train, 4)
     with pytest.raises(InputError, match=r"another train\.csv"):
         load_folds(tmp_path, train.iloc[::-1].reset_index(drop=True), 5)
-    
 
 
 @pytest.fixture

@@ -121,6 +121,12 @@ def test_ctrl_c_says_one_line(data, tmp_path):
     assert process.returncode == 130 and error.startswith("interrupted") and len(error.splitlines()) == 1, error
 
 
+def test_torchrun_s_own_restart_throws_no_run_away(monkeypatch):
+    for count, restart in [("0", True), ("1", False)]:
+        monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", count)
+        assert parse_args(["--arch", "test_nfnet", "--fold", "0", "--restart"]).restart is restart
+
+
 def test_a_run_that_failed_before_its_first_epoch_takes_other_arguments(data, tmp_path):
     script("train.py", "--arch", "test_nfnet", "--fold", 0, "--input", data, "--output", tmp_path, "--size", 32, code=2)
     train(data, tmp_path, "test_nfnet", 0, "--epochs", "1")
@@ -478,7 +484,7 @@ def test_out_of_fold_equals_doing_it_by_hand(data, output):
     assert log["retrieval_acc"].max() == pytest.approx(expected, abs=1e-4), "training measures the same thing"
 
 
-def test_every_vote_labels_every_test_image(data, output):
+def test_the_submission_takes_the_vote_and_the_summary_knows_all(data, output):
     script("retrieve.py", "--input", data, "--output", output, "--vote", "propagation")
     scores = json.loads((output / "scores.json").read_text())
     assert 0 <= scores["oof"]["propagation"] <= 1 and scores["vote"] == "propagation" and not (output / "search").exists()
@@ -578,7 +584,7 @@ def test_original_weights_embed_and_retrieve_without_training(tmp_path):
 @pytest.mark.parametrize("command, message", [
     (("train.py", "--arch", "test_nfnet", "--fold", "9"), "--fold 9"),
     (("train.py", "--arch", "test_nfnet", "--fold", "0", "--lrr", "1"), "--lrr"),
-    (("train.py", "--arch", "test_nfnet", "--fold", "0", "--clip", "hard"), "--clip: invalid clip value: 'hard'"),
+    (("train.py", "--arch", "test_nfnet", "--fold", "0", "--clip", "hard"), "--clip: hard: give none, norm:MAX"),
     (("train.py", "--arch", "test_nfnet", "--fold", "0", "--crop", "2"), "--crop: 2 is no number in [0, 1]"),
     (("train.py", "--arch", "test_nfnet", "--fold", "0", "--momentum", "0"), "--momentum: 0 is no number in (0, inf)"),
     (("train.py", "--arch", "test_nfnet", "--fold", "0", "--workers", "-1"), "--workers: -1 is no whole number in [0, inf)"),
