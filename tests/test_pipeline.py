@@ -25,7 +25,7 @@ from extract import adapt_bn, embed_model
 from models import Model, build
 from retrieve import VOTES
 from search import Joined
-from train import EVENTS, event_bytes, make_backward, parse_args, write_log
+from train import EVENTS, Graphed, event_bytes, make_backward, parse_args, write_log
 
 
 def weights(folder):
@@ -219,6 +219,21 @@ def test_a_cuda_graph_gives_the_gradients_of_plain_kernels(precision):
         for scaler in scalers:
             scaler.update(32.0 + number)
     assert calls[0].graph
+
+
+def test_a_cuda_graph_that_does_not_fit_is_done_without(monkeypatch, capsys):
+    def graph(*_, **__):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", object)
+    monkeypatch.setattr(torch.cuda, "graph", graph)
+    model = torch.nn.Linear(2, 1)
+    step = Graphed(lambda images, labels, total: model(images).sum().backward() or total, model)
+    for _ in range(6):
+        assert step(torch.ones(3, 2), torch.zeros(3), torch.tensor(2.0)).item() == 2
+        assert model.weight.grad.tolist() == [[3, 3]]
+        model.zero_grad()
+    assert capsys.readouterr().out.count("no memory for a CUDA graph") == 1
 
 
 def test_the_head_s_own_epochs_leave_the_backbone_as_it_was(data, tmp_path):
