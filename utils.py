@@ -156,6 +156,8 @@ def run(main):
             main()
     except InputError as error:
         said, code = "error: " + "\n".join(map(printable, str(error).split("\n"))), 2
+    except BrokenPipeError:
+        said, code = "error: what read the output has gone (| head?)", 2
     except OSError as error:
         said = (f"error: {printable(error.filename or 'output')}: {error.strerror}; is it there, may you read and write it, "
                 "has the disk space? Then run the same command again: what is finished is kept")
